@@ -1,0 +1,45 @@
+"""Installs cfpp; `constraints.txt` pins the versions that were tested."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "cfpp/__init__.py").read_text()).group(1)
+
+JAX = "0.10,<0.12"  # 0.10 is the newest for Python 3.11, 0.11 for 3.12.
+
+setup(
+    name="cfpp",
+    version=VERSION,
+    description="Causal Forcing++ in JAX: few-step, steerable, streaming video diffusion",
+    packages=find_packages(include=["cfpp", "cfpp.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.3",
+        "array-record>=0.8",
+        "clu>=0.0.12",
+        "einops>=0.8",
+        "etils[epath]>=1.12",
+        "flax>=0.12,<0.13",
+        "grain>=0.2.15,<0.3",
+        "imageio[ffmpeg]>=2.37",
+        "importlib-resources>=6.0",  # tensorflow-datasets needs it and does not say so.
+        f"jax>={JAX}",
+        "matplotlib>=3.10",
+        "ml-collections>=1.1",
+        "numpy>=2.2",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "pillow>=11.0",
+        "tensorflow-datasets>=4.9.9",
+    ],
+    extras_require={
+        "atari": ["ale-py>=0.11"],
+        "cuda": [f"jax[cuda12]>={JAX}"],
+        "tensorboard": ["tensorboard>=2.20", "tensorflow-cpu>=2.20"],
+        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.14"],
+        "tpu": [f"jax[tpu]>={JAX}"],
+    },
+)
