@@ -1,0 +1,85 @@
+"""What the recorded TFDS datasets have in common: features, splits, progress."""
+
+import abc
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+
+SPLITS = ("train", "test")
+
+
+@dataclasses.dataclass(kw_only=True)
+class RecordingConfig(tfds.core.BuilderConfig):
+    """How much to record.
+
+    Attributes:
+      episodes: number of episodes of the train split. The test split has an eighth of it, but at
+        least 64, so that the error of a mean over held-out episodes stays small.
+      episode_frames: frames in each episode.
+    """
+
+    name: str = dataclasses.field(init=False)  # set by the subclass, from all that it is made of
+    episodes: int
+    episode_frames: int
+
+    def split_sizes(self) -> dict[str, int]:
+        """Number of episodes of each split."""
+        return {"train": self.episodes, "test": max(64, self.episodes // 8)}
+
+
+def tensor(shape: tuple[int, ...], dtype: type) -> tfds.features.Tensor:
+    """A tensor stored as its bytes; the record file compresses them.
+
+    Measured on arena episodes of 64 frames: 0.15 ms to read one, against 0.38 ms with the zlib
+    encoding (no smaller on disk) and 1.2 ms with the default, which widens bytes to int64.
+    """
+    return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
+
+
+class EpisodeBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A dataset of episodes of one length; a subclass says what an episode is and plays it."""
+
+    @abc.abstractmethod
+    def features(self) -> tfds.features.FeaturesDict:
+        """The features of an episode, among them `video` and `actions`."""
+
+    @abc.abstractmethod
+    def play(self, split: str) -> Iterator[dict]:
+        """Plays episodes for ever, always the same ones for a split."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.builder_config.description,
+            features=self.features(),
+            disable_shuffling=True,  # record i is episode i
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # nothing is downloaded
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split):
+        count = self.builder_config.split_sizes()[split]
+        episodes = itertools.islice(self.play(split), count)
+        description = f"recording {self.name}/{self.builder_config.name} {split}"
+        yield from enumerate(
+            tqdm.tqdm(episodes, description, count, unit=" episodes", mininterval=0.5)
+        )
+
+
+def episode_features(
+    frames: int, height: int, width: int, **others: tfds.features.FeatureConnector
+) -> tfds.features.FeaturesDict:
+    """The features `video` and `actions` of an episode, and others."""
+    return tfds.features.FeaturesDict(
+        {
+            "video": tensor((frames, height, width, 3), np.uint8),
+            "actions": tensor((frames,), np.int32),
+            **others,
+        }
+    )

@@ -1,0 +1,313 @@
+"""Where episodes come from: the arena, an Atari game, or any prepared TFDS dataset.
+
+A source is named `arena`, `atari:<game>` or `tfds:<name>`; the first two are recorded by `prepare`
+if they are missing. All are read as TFDS datasets of `array_record` files, without TensorFlow.
+"""
+
+import contextlib
+import difflib
+import importlib.util
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from google.protobuf import json_format
+
+from cfpp.data import arena, recording
+from cfpp.data.arena_dataset import arena_dataset_dataset_builder
+from cfpp.data.atari_dataset import atari_dataset_dataset_builder
+from cfpp.errors import UserError
+
+
+class Episodes:
+    """Random access to the episodes of a split, checked against the configuration as they are read.
+
+    An episode is {'video': uint8 [T, height, width, 3], 'actions': int32 [T]} and, where the world
+    has them, 'states'; actions[t] leads from frame t-1 to frame t.
+    """
+
+    def __init__(self, directory: Path, split: str, data_config: ml_collections.ConfigDict):
+        """Opens a split.
+
+        Args:
+          directory: the dataset's folder, down to the version.
+          split: a TFDS split.
+          data_config: the data part of the configuration.
+
+        Raises:
+          UserError: if the folder holds no such dataset.
+        """
+        self.directory, self._split = directory, split
+        self._video = data_config.video_feature
+        self._actions = data_config.action_feature
+        if not data_config.name.startswith("tfds:"):
+            self._video, self._actions = "video", "actions"
+        self._picture = (data_config.height, data_config.width, 3)
+        self._num_actions = data_config.num_actions
+        builder = _open_dataset(directory)
+        missing = {self._video, self._actions} - {"", *builder.info.features}
+        if missing:
+            raise UserError(
+                f"{directory} has no feature '{missing.pop()}'; "
+                f"it has {', '.join(builder.info.features)}"
+            )
+        self._files = builder.info.splits[split].file_instructions
+        try:
+            self._source = builder.as_data_source(split)
+        except NotImplementedError as error:
+            raise UserError(
+                f"{directory} is stored as {builder.info.file_format.value}, which has no random "
+                "access; prepare it with file_format='array_record'"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __repr__(self) -> str:
+        return f"Episodes({str(self.directory)!r}, {self._split!r})"
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            record = self._source[index]
+        except RuntimeError as error:  # what array_record raises for a damaged file
+            raise UserError(
+                f"cannot read record {index} from {self._file(index)}: {_one_line(error)}; "
+                f"delete {self.directory} and prepare the dataset again"
+            ) from error
+        video = np.asarray(record[self._video])
+        frames = video.shape[0] if video.ndim else 0
+        actions = np.zeros(frames, np.int32)
+        if self._actions:
+            actions = np.asarray(record[self._actions])
+        self._check(index, video, actions)
+        episode = {"video": video, "actions": actions.astype(np.int32)}
+        if "states" in record:
+            episode["states"] = record["states"]
+        return episode
+
+    def _check(self, index: int, video: np.ndarray, actions: np.ndarray) -> None:
+        where = f"episode {index} of {self.directory}"
+        if video.dtype != np.uint8 or video.shape[1:] != self._picture or not len(video):
+            raise UserError(
+                f"{where}: '{self._video}' is {video.dtype} {list(video.shape)}, but the "
+                f"configuration asks for uint8 {['T', *self._picture]}".replace("'T'", "T")
+                + "; set data.height and data.width, or prepare the dataset at that size"
+            )
+        if actions.shape != video.shape[:1] or not np.issubdtype(actions.dtype, np.integer):
+            raise UserError(
+                f"{where}: '{self._actions}' is {actions.dtype} {list(actions.shape)}, but should "
+                f"be one integer for each of the {len(video)} frames"
+            )
+        if actions.min() < 0 or actions.max() >= self._num_actions:
+            raise UserError(
+                f"{where}: actions from {actions.min()} to {actions.max()}, but the configuration "
+                f"has data.num_actions = {self._num_actions}"
+            )
+
+    def _file(self, index: int) -> str:
+        for file in self._files:
+            if index < file.take:
+                return file.filename
+            index -= file.take
+        raise IndexError(index)
+
+
+def prepare(data_config: ml_collections.ConfigDict) -> None:
+    """Records the dataset if it is missing (arena, atari), and reads an episode of each split.
+
+    Recording goes to a folder of another name, which is renamed when it is complete: what was
+    interrupted is never taken for a dataset.
+
+    Args:
+      data_config: the data part of the configuration.
+
+    Raises:
+      UserError: if the dataset cannot be had, or is not what the configuration says.
+    """
+    if not data_config.name.startswith("tfds:"):
+        builder, recorded = _recording(data_config)
+        if not _recorded_directory(data_config, builder, recorded).exists():
+            _record(data_config, builder, recorded)
+    for split in ("train", "test"):
+        check_length(data_config, open_split(data_config, split)[0], f"the first {split} episode")
+
+
+def open_split(data_config: ml_collections.ConfigDict, split: str) -> Episodes:
+    """Opens the episodes of a prepared dataset.
+
+    A `tfds:` dataset without a test split is split here: its validation split or, without one, the
+    last tenth of its training episodes is kept for testing.
+
+    Args:
+      data_config: the data part of the configuration.
+      split: 'train' or 'test'.
+
+    Returns:
+      The episodes; a sequence that can be pickled.
+
+    Raises:
+      UserError: if the dataset is missing or cannot be read.
+    """
+    if data_config.name.startswith("tfds:"):
+        directory = _find_dataset(data_config)
+    else:
+        directory = _recorded_directory(data_config, *_recording(data_config))
+        if not directory.exists():
+            raise UserError(
+                f"{data_config.name} is not recorded in {directory}; "
+                "run python -m cfpp.data.prepare"
+            )
+    splits = _open_dataset(directory).info.splits
+    if "train" not in splits:
+        raise UserError(f"{directory} has no split 'train'; it has {', '.join(splits) or 'none'}")
+    if split == "test" and "test" not in splits and "validation" in splits:
+        split = "validation"
+    elif split not in splits or (split == "train" and not {"test", "validation"} & {*splits}):
+        split = {"train": "train[:90%]", "test": "train[90%:]"}[split]
+    return Episodes(directory, split, data_config)
+
+
+def check_length(data_config: ml_collections.ConfigDict, episode: dict, where: str) -> None:
+    """Raises UserError if an episode is shorter than a window of data.frames."""
+    if len(episode["video"]) < data_config.frames:
+        raise UserError(
+            f"{where} of {data_config.name} has {len(episode['video'])} frames, but data.frames is "
+            f"{data_config.frames}; give a smaller one, or longer episodes"
+        )
+
+
+def _root(data_config: ml_collections.ConfigDict) -> Path:
+    return Path(data_config.directory or tfds.core.constants.DATA_DIR).expanduser()
+
+
+def num_actions(name: str) -> int:
+    """The number of actions of `arena` or `atari:<game>`."""
+    if name == "arena":
+        return arena.NUM_ACTIONS
+    if not name.startswith("atari:"):
+        raise _unknown(name)
+    if importlib.util.find_spec("ale_py") is None:
+        raise UserError(f"recording {name} needs the package ale-py; pip install 'cfpp[atari]'")
+    from cfpp.data import atari
+
+    game, games = _game(name), atari.games()
+    if game not in games:
+        suggestion = _suggest(game, games) or f"; it has {', '.join(games)}"
+        raise UserError(f"ale-py has no game '{game}'{suggestion}")
+    return atari.num_actions(game)
+
+
+def _game(name: str) -> str:
+    """The game of `atari:<game>` as ale-py writes it: MsPacman is ms_pacman."""
+    return tfds.core.naming.camelcase_to_snakecase(name.removeprefix("atari:"))
+
+
+def _recording(
+    data_config: ml_collections.ConfigDict,
+) -> tuple[type[recording.EpisodeBuilder], recording.RecordingConfig]:
+    """The builder of the configured arena or game, and what it is to record."""
+    for field in ("episodes", "episode_frames"):
+        if data_config[field] < 1:
+            raise UserError(f"data.{field} is {data_config[field]}; give at least 1")
+    size = {"episodes": data_config.episodes, "episode_frames": data_config.episode_frames}
+    picture = {"height": data_config.height, "width": data_config.width}
+    if data_config.name == "arena":
+        if set(picture.values()) != {arena.SIZE}:
+            raise UserError(
+                f"data.height and data.width are {data_config.height} and {data_config.width}; "
+                f"the arena's pictures are {arena.SIZE} by {arena.SIZE}"
+            )
+        config = arena_dataset_dataset_builder.ArenaConfig(**size)
+        return arena_dataset_dataset_builder.Builder, config
+    if data_config.name.startswith("atari:"):
+        config = atari_dataset_dataset_builder.AtariConfig(
+            game=_game(data_config.name), **picture, **size
+        )
+        return atari_dataset_dataset_builder.Builder, config
+    raise _unknown(data_config.name)
+
+
+def _unknown(name: str) -> UserError:
+    return UserError(
+        f"no data source '{name}'{_suggest(name, ['arena'])}; "
+        "give arena, atari:<game> or tfds:<dataset>"
+    )
+
+
+def _recorded_directory(
+    data_config: ml_collections.ConfigDict,
+    builder: type[recording.EpisodeBuilder],
+    recorded: recording.RecordingConfig,
+) -> Path:
+    return _root(data_config) / builder.name / recorded.name / str(builder.VERSION)
+
+
+def _record(
+    data_config: ml_collections.ConfigDict,
+    builder: type[recording.EpisodeBuilder],
+    recorded: recording.RecordingConfig,
+) -> None:
+    """Records a dataset; its progress bar goes to stderr."""
+    actions = num_actions(data_config.name)
+    if data_config.num_actions != actions:
+        raise UserError(
+            f"data.num_actions is {data_config.num_actions}; {data_config.name} has {actions}"
+        )
+    root = _root(data_config)
+    tfds.disable_progress_bar()  # its bars know no totals
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it warns of configurations that are not its own
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads
+            builder(
+                config=recorded, data_dir=root, file_format="array_record"
+            ).download_and_prepare()
+    except (OSError, RuntimeError) as error:  # RuntimeError: array_record cannot write
+        if _recorded_directory(data_config, builder, recorded).exists():
+            return  # another process has recorded the same at the same time
+        raise UserError(
+            f"cannot record {data_config.name} in {root}: {_one_line(error)}; "
+            "give a directory with room and the right to write (data.directory)"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _find_dataset(data_config: ml_collections.ConfigDict) -> Path:
+    """The folder of a prepared dataset `tfds:<name>`, `<name>/<config>` or with `:<version>`."""
+    root, name = _root(data_config), data_config.name.removeprefix("tfds:")
+    try:
+        return Path(tfds.core.read_only_builder.builder_from_files(name, data_dir=root).data_dir)
+    except (*_UNREADABLE, tfds.core.DatasetNotFoundError) as error:
+        present = sorted(
+            str(info.parent.parent.relative_to(root)) for info in root.glob("*/**/features.json")
+        )
+        suggestion = _suggest(name, present) or f"; it holds {', '.join(present) or 'none'}"
+        raise UserError(f"no dataset '{name}' prepared in {root}{suggestion}") from error
+
+
+def _open_dataset(directory: Path) -> tfds.core.DatasetBuilder:
+    try:
+        return tfds.builder_from_directory(directory)
+    except _UNREADABLE as error:
+        raise UserError(
+            f"cannot read the dataset in {directory}: {_one_line(error)}; "
+            "delete it and prepare it again"
+        ) from error
+
+
+# What TFDS raises for missing, truncated or foreign metadata files.
+_UNREADABLE = (OSError, ValueError, json_format.Error)
+
+
+def _suggest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
