@@ -1,0 +1,143 @@
+"""Flow matching: noise levels, the two readings of a network's output, solver steps, guidance.
+
+With clean data x0, Gaussian noise e and a noise level sigma in [0, 1]:
+
+    (1) x_sigma = (1 - sigma) x0 + sigma e
+    (2) v       = e - x0                          the velocity, d x_sigma / d sigma
+    (3) x0      = x_sigma - sigma v
+    (4) shift   : sigma -> s sigma / (1 + (s - 1) sigma)
+    (5) grid    : sigma_k = shift(1 - k / N), k = 0 .. N, so sigma_0 = 1 and sigma_N = 0
+    (6) guidance: v = v_uncond + w (v_cond - v_uncond)
+
+Arrays are `[batch, frames, height, width, channels]`, noise levels `[batch, frames]`, or anything
+that broadcasts to it; every function takes both and expands the noise level by itself.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x_sigma, sigma) -> v
+
+
+def expand(sigma: jax.Array, x: jax.Array) -> jax.Array:
+    """Appends axes to `sigma`, `[batch, frames]` or less, until it broadcasts against `x`."""
+    sigma = jnp.asarray(sigma, jnp.float32)
+    return sigma.reshape(sigma.shape + (1,) * (x.ndim - 2)) if sigma.ndim else sigma
+
+
+def interpolate(x0: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The noised data x_sigma, equation (1)."""
+    sigma = expand(sigma, x0)
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def velocity(x0: jax.Array, noise: jax.Array) -> jax.Array:
+    """The velocity of the straight path from `x0` to `noise`, equation (2)."""
+    return noise - x0
+
+
+def to_x0(x: jax.Array, v: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The clean data that a velocity at `x` points to, equation (3)."""
+    return x - expand(sigma, x) * v
+
+
+def to_velocity(x: jax.Array, x0: jax.Array, sigma: jax.Array, floor: float = 0.05) -> jax.Array:
+    """The velocity that leads from `x0` to `x`: the inverse of `to_x0` for sigma >= `floor`.
+
+    Below `floor` the division is by `floor`, so that the velocity stays bounded at sigma = 0.
+    """
+    return (x - x0) / jnp.maximum(expand(sigma, x), floor)
+
+
+def shift(sigma, s: float):
+    """The timestep shift, equation (4). Keeps 0 and 1; s > 1 spends more steps at high noise."""
+    return s * sigma / (1 + (s - 1) * sigma)
+
+
+def grid(steps: int, s: float) -> np.ndarray:
+    """The solver grid of equation (5): float32 `[steps + 1]`, falling from 1 to 0."""
+    if steps < 1:
+        raise ValueError(f"a solver grid needs at least 1 step, got {steps}")
+    return shift(1 - np.arange(steps + 1) / steps, s).astype(np.float32)
+
+
+def schedule(positions: Sequence[float], s: float) -> np.ndarray:
+    """The noise levels of a few-step sampler, ending in 0: float32 `[len(positions) + 1]`.
+
+    Args:
+      positions: falling positions on the unshifted 1000-grid, such as `[1000, 500]`.
+      s: the timestep shift.
+
+    Raises:
+      ValueError: the positions are not falling numbers in (0, 1000].
+    """
+    positions = np.asarray(positions, np.float64)
+    if not positions.size or not np.all(np.diff(positions, prepend=1000.1, append=0.0) < 0):
+        raise ValueError(f"sampling positions must fall within (0, 1000], got {positions.tolist()}")
+    return np.append(shift(positions / 1000, s), 0.0).astype(np.float32)
+
+
+def euler_step(
+    x: jax.Array, v: jax.Array, sigma: jax.Array, sigma_next: jax.Array, noise: jax.Array = None
+) -> jax.Array:
+    """One Euler step of the probability-flow ODE from `sigma` to `sigma_next`. Uses no noise."""
+    del noise
+    return x - expand(sigma - sigma_next, x) * v
+
+
+def heun_step(
+    velocity_fn: Velocity, x: jax.Array, sigma: jax.Array, sigma_next: jax.Array
+) -> jax.Array:
+    """One Heun step: Euler with the average of the velocities at both ends.
+
+    Where `sigma_next` is 0 the Euler step stands, as the velocity there is no longer defined
+    by the data (Karras et al. 2022, algorithm 1).
+    """
+    v = velocity_fn(x, sigma)
+    x_euler = euler_step(x, v, sigma, sigma_next)
+    v_end = velocity_fn(x_euler, sigma_next)
+    v_mean = jnp.where(expand(sigma_next, x) > 0, (v + v_end) / 2, v)
+    return euler_step(x, v_mean, sigma, sigma_next)
+
+
+def solver_step(
+    solver: str, velocity_fn: Velocity, x: jax.Array, sigma: jax.Array, sigma_next: jax.Array
+) -> jax.Array:
+    """One step of `solver`, 'euler' or 'heun', from `sigma` to `sigma_next`."""
+    if solver == "euler":
+        return euler_step(x, velocity_fn(x, sigma), sigma, sigma_next)
+    if solver == "heun":
+        return heun_step(velocity_fn, x, sigma, sigma_next)
+    raise ValueError(f"solver must be 'euler' or 'heun', got {solver!r}")
+
+
+def consistency_step(
+    x: jax.Array, v: jax.Array, sigma: jax.Array, sigma_next: jax.Array, noise: jax.Array
+) -> jax.Array:
+    """One step of the consistency sampler: predict x0, then noise it afresh to `sigma_next`."""
+    return interpolate(to_x0(x, v, sigma), noise, sigma_next)
+
+
+def guide(v_cond: jax.Array, v_uncond: jax.Array, weight: float) -> jax.Array:
+    """Classifier-free guidance, equation (6). `weight` 1 is no guidance."""
+    return v_uncond + weight * (v_cond - v_uncond)
+
+
+def matching_loss(
+    velocity_fn: Velocity, x0: jax.Array, noise: jax.Array, sigma: jax.Array, floor: float = 0.05
+) -> jax.Array:
+    """Flow matching: the squared error of the velocity, one value a frame, `[batch, frames]`.
+
+    Args:
+      velocity_fn: the network.
+      x0, noise: `[batch, frames, height, width, channels]`.
+      sigma: `[batch, frames]`.
+      floor: noise levels below this weigh less, by (sigma / floor)^2: the error of x0 then counts
+        the same at all of them. 0.05, the floor of `to_velocity`, weighs all alike.
+    """
+    v = velocity_fn(interpolate(x0, noise, sigma), sigma)
+    error = jnp.mean(jnp.square(v - velocity(x0, noise)), axis=(2, 3, 4))
+    return error * jnp.square(jnp.maximum(sigma, 0.05) / jnp.maximum(sigma, floor))

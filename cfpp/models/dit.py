@@ -1,0 +1,379 @@
+"""The video diffusion transformer: Wan 2.1's architecture, one module for every attention pattern.
+
+Whether it runs bidirectionally, teacher-forced or against a cache is decided by its inputs: the
+frame number and copy of each entry, an attention `Pattern`, and an optional `Cache`. Per block:
+
+    x += gate1 * self_attention(norm(x) * (1 + scale1) + shift1)      q, k: RMSNorm, 3-axis rotary
+    x += cross_attention(norm(x), text)                               where the model has a text
+    x += gate2 * mlp(norm(x) * (1 + scale2) + shift2)
+
+Shift, scale and gate come from one time embedding an entry, to which the entry's action is added.
+
+Dimension letters: B batch, E entries (frames of the sequence), T tokens a frame, N heads,
+D head_dim, L layers, S cache slots, C channels.
+"""
+
+from collections.abc import Callable
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfpp import flow
+from cfpp.attention import reference
+from cfpp.attention.cache import Cache
+from cfpp.attention.pattern import Pattern
+
+HISTORY_GRADIENTS = ("none", "straight_through")
+
+
+def sinusoid(t: jax.Array, width: int) -> jax.Array:
+    """Wan's time features: `[cos, sin]` of t at geometric frequencies, float32 `[..., width]`."""
+    frequency = 10000.0 ** (-np.arange(width // 2) / (width // 2))
+    angle = t[..., None].astype(jnp.float32) * frequency.astype(np.float32)
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+
+
+def rotary_angles(
+    frame: jax.Array, rows: int, columns: int, head_dim: int, base: float
+) -> jax.Array:
+    """Rotation angles over (frame, row, column), float32 `[entries, rows * columns, head_dim / 2]`.
+
+    The pairs of a head are split d - 4 (d // 6), 2 (d // 6), 2 (d // 6) over the three axes.
+    """
+    side = 2 * (head_dim // 6)
+    widths = (head_dim - 2 * side, side, side)
+    per_axis = []
+    for position, width in zip((frame, np.arange(rows), np.arange(columns)), widths, strict=True):
+        frequency = (base ** (-np.arange(0, width, 2) / max(width, 1))).astype(np.float32)
+        per_axis.append(jnp.asarray(position, jnp.float32)[:, None] * frequency)
+    shape = (len(frame), rows, columns)
+    f, r, c = per_axis
+    angles = (
+        jnp.broadcast_to(f[:, None, None], (*shape, f.shape[-1])),
+        jnp.broadcast_to(r[None, :, None], (*shape, r.shape[-1])),
+        jnp.broadcast_to(c[None, None, :], (*shape, c.shape[-1])),
+    )
+    return jnp.concatenate(angles, -1).reshape(len(frame), rows * columns, head_dim // 2)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotates neighbouring pairs of `x` `[B, E, T, N, D]` by `angles` `[E, T, D / 2]`."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def dense(features: int, axes: tuple[str, str], dtype, name: str, init=None) -> nn.Dense:
+    """A linear layer whose parameters carry logical axis names."""
+    init = init or nn.initializers.lecun_normal()
+    return nn.Dense(
+        features,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(init, axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+        name=name,
+    )
+
+
+def rms_norm(dtype, name: str) -> nn.RMSNorm:
+    """RMSNorm over the whole width of q or k, before the split into heads."""
+    scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("heads",))
+    return nn.RMSNorm(epsilon=1e-6, dtype=dtype, scale_init=scale_init, name=name)
+
+
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """Layer norm without parameters in float32, then an affine map for each entry.
+
+    Args:
+      x: `[B, E, T, dim]`.
+      shift, scale: `[B, E, dim]`.
+    """
+    normed = jax.nn.standardize(x.astype(jnp.float32), epsilon=1e-6)
+    return (normed * (1 + scale[:, :, None]) + shift[:, :, None]).astype(x.dtype)
+
+
+class TextKeyValue(nn.Module):
+    """One layer's keys and values of the text, computed once a clip and kept."""
+
+    dim: int
+    heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, carry: None, text: jax.Array):
+        """Maps text tokens `[B, length, dim]` to key and value `[B, length, N, D]`."""
+        k = rms_norm(self.dtype, "norm_k")(
+            dense(self.dim, ("embed", "heads"), self.dtype, "k")(text)
+        )
+        v = dense(self.dim, ("embed", "heads"), self.dtype, "v")(text)
+        split = lambda y: einops.rearrange(y, "b l (n d) -> b l n d", n=self.heads)
+        return carry, (split(k), split(v))
+
+
+class Block(nn.Module):
+    """One transformer block; see the module's docstring."""
+
+    dim: int
+    ffn_dim: int
+    heads: int
+    gate_init: float
+    history_gradient: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, layer_inputs, modulation, angles, mask):
+        """Runs the block.
+
+        Args:
+          x: `[B, E, T, dim]`.
+          layer_inputs: (cached, text): cached key and value `[B, S, T, N, D]` or None, text key
+            and value `[B, length, N, D]` or None.
+          modulation: float32 `[B, E, 6, dim]`, shared by all blocks.
+          angles: `[E, T, D / 2]`.
+          mask: bool `[E, S + E]`.
+
+        Returns:
+          The new x, and this block's key and value of all entries `[B, E, T, N, D]`.
+        """
+        cached, text = layer_inputs
+        own = self.param(
+            "modulation",
+            nn.with_logical_partitioning(self._init_modulation, (None, "embed")),
+            (6, self.dim),
+        )
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(modulation + own, 2, 0)
+
+        h, key_value = self._self_attention(modulated_norm(x, shift1, scale1), angles, mask, cached)
+        x = x + (h * gate1[:, :, None]).astype(x.dtype)
+        if text is not None:
+            x = x + self._cross_attention(x, text)
+        h = modulated_norm(x, shift2, scale2)
+        h = dense(self.ffn_dim, ("embed", "mlp"), self.dtype, "mlp_in")(h)
+        h = dense(self.dim, ("mlp", "embed"), self.dtype, "mlp_out")(nn.gelu(h, approximate=True))
+        return x + (h * gate2[:, :, None]).astype(x.dtype), key_value
+
+    def _init_modulation(self, rng, shape, dtype=jnp.float32):
+        noise = jax.random.normal(rng, shape, dtype) / np.sqrt(self.dim)
+        return noise.at[np.array([2, 5])].add(self.gate_init)
+
+    def _self_attention(self, h, angles, mask, cached):
+        project = lambda name: dense(self.dim, ("embed", "heads"), self.dtype, name)(h)
+        split = lambda y: einops.rearrange(y, "b e t (n d) -> b e t n d", n=self.heads)
+        q = rotate(split(rms_norm(self.dtype, "norm_q")(project("q"))), angles)
+        k = rotate(split(rms_norm(self.dtype, "norm_k")(project("k"))), angles)
+        v = split(project("v"))
+        keys, values = k, v
+        if cached is not None:
+            keys = jnp.concatenate([self._history(cached[0], k), k], 1)  # [B, S + E, T, N, D]
+            values = jnp.concatenate([self._history(cached[1], v), v], 1)
+        out = reference.attend(q, keys, values, mask)
+        out = einops.rearrange(out, "b e t n d -> b e t (n d)")
+        return dense(self.dim, ("heads", "embed"), self.dtype, "o")(out), (k, v)
+
+    def _history(self, cached, fresh):
+        """The cached keys or values as constants, or with the gradient of the same frame's own.
+
+        "straight_through" is what overwriting a cache in place computes in the public PyTorch
+        code: the gradient with respect to a clean frame's key flows on into its noisy key.
+        """
+        cached = jax.lax.stop_gradient(cached)
+        if self.history_gradient == "straight_through":
+            cached = cached + fresh - jax.lax.stop_gradient(fresh)
+        return cached.astype(fresh.dtype)
+
+    def _cross_attention(self, x, text):
+        h = nn.LayerNorm(
+            epsilon=1e-6,
+            dtype=jnp.float32,
+            scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+            name="cross_norm",
+        )(x).astype(self.dtype)
+        q = rms_norm(self.dtype, "cross_norm_q")(
+            dense(self.dim, ("embed", "heads"), self.dtype, "cross_q")(h)
+        )
+        q = einops.rearrange(q, "b e t (n d) -> b (e t) n d", n=self.heads)
+        out = jax.nn.dot_product_attention(q, *text)
+        out = einops.rearrange(out, "b (e t) n d -> b e t (n d)", e=x.shape[1])
+        return dense(self.dim, ("heads", "embed"), self.dtype, "cross_o")(out)
+
+
+class DiT(nn.Module):
+    """The network. Its attributes are the fields of `config.model`.
+
+    Attributes:
+      channels: channels of a latent frame.
+      height, width: size of a latent frame.
+      patch: side of a square patch of a frame; tokens a frame = height * width / patch**2.
+      dim, ffn_dim, heads, layers: sizes of the transformer.
+      frequency_dim: width of the time sinusoid.
+      num_actions: size of the action set; 0 is a model without actions.
+      text_dim: width of the text embeddings; 0 is a model without text.
+      rotary_base: base of the rotary frequencies.
+      gate_init: where the gates start, apart from noise (Wan: 0).
+      prediction: how the raw output is read, 'velocity' or 'x0'.
+      dtype: dtype of activations and matrix products; parameters are float32.
+      remat: rematerialisation of the blocks, 'none' or 'full'.
+      history_gradient: gradient through cached keys and values, 'none' or 'straight_through'.
+    """
+
+    channels: int
+    height: int
+    width: int
+    patch: int
+    dim: int
+    ffn_dim: int
+    heads: int
+    layers: int
+    frequency_dim: int = 256
+    num_actions: int = 0
+    text_dim: int = 0
+    rotary_base: float = 10000.0
+    gate_init: float = 0.0
+    prediction: str = "velocity"
+    dtype: str = "float32"
+    remat: str = "none"
+    history_gradient: str = "none"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one frame."""
+        return (self.height // self.patch) * (self.width // self.patch)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.heads
+
+    def cache(self, batch: int, slots: int, sink: int = 0) -> Cache:
+        """An empty cache for `slots` frames of `batch` clips."""
+        shape = (self.layers, batch, slots, self.tokens, self.heads, self.head_dim)
+        return Cache.empty(shape, jnp.dtype(self.dtype), sink)
+
+    def setup(self):
+        """Checks the sizes and makes the layers."""
+        if self.prediction not in ("velocity", "x0"):
+            raise ValueError(f"prediction must be 'velocity' or 'x0', got {self.prediction!r}")
+        if self.history_gradient not in HISTORY_GRADIENTS:
+            raise ValueError(
+                f"history_gradient must be one of {HISTORY_GRADIENTS}, "
+                f"got {self.history_gradient!r}"
+            )
+        if self.height % self.patch or self.width % self.patch:
+            raise ValueError(
+                f"a frame of {self.height} x {self.width} does not divide into patches of "
+                f"{self.patch} x {self.patch}"
+            )
+        if self.dim % self.heads or self.head_dim % 2:
+            raise ValueError(f"dim {self.dim} does not split into {self.heads} heads of even width")
+        dtype = jnp.dtype(self.dtype)
+        self.patch_in = dense(self.dim, ("patch", "embed"), dtype, "patch_in")
+        self.time_in = dense(self.dim, ("frequency", "embed"), jnp.float32, "time_in")
+        self.time_out = dense(self.dim, ("embed", "embed_out"), jnp.float32, "time_out")
+        self.time_modulation = dense(
+            6 * self.dim, ("embed", "embed_out"), jnp.float32, "time_modulation"
+        )
+        if self.num_actions:
+            self.action = nn.Embed(
+                self.num_actions + 1,  # the last one is "no action", for guidance
+                self.dim,
+                embedding_init=nn.with_logical_partitioning(
+                    nn.initializers.normal(1.0), ("actions", "embed")
+                ),
+            )
+        if self.text_dim:
+            self.text_in = dense(self.dim, ("text", "embed"), dtype, "text_in")
+            self.text_out = dense(self.dim, ("embed", "embed_out"), dtype, "text_out")
+            self.text_key_value = self._stack(TextKeyValue, in_axes=nn.broadcast)(
+                self.dim, self.heads, dtype
+            )
+        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False)
+        self.blocks = self._stack(block, in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast))(
+            self.dim, self.ffn_dim, self.heads, self.gate_init, self.history_gradient, dtype
+        )
+        self.head_modulation = self.param(
+            "head_modulation",
+            nn.with_logical_partitioning(
+                nn.initializers.normal(1 / np.sqrt(self.dim)), (None, "embed")
+            ),
+            (2, self.dim),
+        )
+        self.head = dense(
+            self.channels * self.patch**2, ("embed", "patch"), dtype, "head", nn.initializers.zeros
+        )
+
+    def _stack(self, layer: type[nn.Module], in_axes) -> Callable:
+        return nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=in_axes,
+            length=self.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+
+    def encode_text(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of text embeddings `[B, length, text_dim]`: `[L, B, length, N, D]`."""
+        h = self.text_out(nn.gelu(self.text_in(text), approximate=True))
+        return self.text_key_value(None, h)[1]
+
+    def __call__(
+        self,
+        x: jax.Array,
+        sigma: jax.Array,
+        frame: jax.Array,
+        copy: np.ndarray,
+        pattern: Pattern,
+        action: jax.Array | None = None,
+        text: tuple[jax.Array, jax.Array] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Predicts the velocity of every entry.
+
+        Args:
+          x: float `[B, E, height, width, C]`.
+          sigma: noise level of each entry, `[B, E]`, 0 for clean ones.
+          frame, copy: frame number and copy of each entry, int `[E]` (see `attention.pattern`).
+          pattern: which of them attend to which.
+          action: int32 `[B, E]` in 0 .. num_actions (the last one: none).
+          text: what `encode_text` returned, for a model with text.
+          cache: clean frames that the entries attend to besides themselves.
+
+        Returns:
+          The velocity, float32 like `x`, and the entries' keys and values, `[L, B, E, T, N, D]`.
+        """
+        rows, columns = self.height // self.patch, self.width // self.patch
+        p = self.patch
+        tokens = einops.rearrange(x, "b e (r p) (s q) c -> b e (r s) (p q c)", p=p, q=p)
+        h = self.patch_in(tokens)  # [B, E, T, dim]
+
+        time = self.time_out(nn.silu(self.time_in(sinusoid(1000.0 * sigma, self.frequency_dim))))
+        if self.num_actions:
+            time = time + self.action(action)
+        modulation = self.time_modulation(nn.silu(time))
+        modulation = einops.rearrange(modulation, "b e (six d) -> b e six d", six=6)
+
+        entries = jnp.asarray(frame), jnp.asarray(copy)
+        keys = entries
+        if cache is not None:
+            keys = tuple(
+                jnp.concatenate(pair)
+                for pair in zip((cache.frame, jnp.zeros_like(cache.frame)), entries, strict=True)
+            )
+        angles = rotary_angles(entries[0], rows, columns, self.head_dim, self.rotary_base)
+        cached = None if cache is None else (cache.key, cache.value)
+        h, key_value = self.blocks(
+            h, (cached, text), modulation, angles, pattern.mask(entries, keys)
+        )
+
+        shift, scale = jnp.moveaxis(time[:, :, None] + self.head_modulation, 2, 0)
+        out = self.head(modulated_norm(h, shift, scale)).astype(jnp.float32)
+        out = einops.rearrange(
+            out, "b e (r s) (p q c) -> b e (r p) (s q) c", r=rows, s=columns, p=p, q=p
+        )
+        return (flow.to_velocity(x, out, sigma) if self.prediction == "x0" else out), key_value

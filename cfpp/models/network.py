@@ -1,0 +1,162 @@
+"""A DiT with its attention pattern, and the four ways in which it is evaluated.
+
+Each returns a velocity field `(x, sigma) -> v` with everything else bound, which is all that the
+losses and samplers know of a network. A *condition* is a dict with `actions` int32 `[B, F]` and/or
+`text` float `[B, length, text_dim]`, according to the model.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from cfpp import flow
+from cfpp.attention.cache import Cache
+from cfpp.attention.pattern import Pattern, teacher_forced_entries
+from cfpp.models.dit import DiT
+
+Params = Any
+Condition = dict[str, jax.Array]
+
+
+def twice(tree: Any) -> Any:
+    """Repeats every array of `tree` along the batch: once conditional, once unconditional."""
+    return jax.tree.map(lambda x: jnp.concatenate([x, x]), tree)
+
+
+def guided(velocity: flow.Velocity, weight: float) -> flow.Velocity:
+    """A guided velocity field from one over the doubled batch `[conditional; unconditional]`."""
+
+    def fn(x, sigma):
+        v_cond, v_uncond = jnp.split(velocity(twice(x), twice(sigma)), 2)
+        return flow.guide(v_cond, v_uncond, weight)
+
+    return fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The network of a job: a DiT and the pattern by which its frames attend to one another."""
+
+    dit: DiT
+    pattern: Pattern
+
+    @classmethod
+    def create(cls, model: ml_collections.ConfigDict, pattern: ml_collections.ConfigDict):
+        """Builds the network that `config.model` and `config.pattern` describe."""
+        return cls(DiT(**model), Pattern(**pattern))
+
+    def init(self, rng: jax.Array) -> Params:
+        """Random parameters, boxed with their logical axis names (`flax.linen.meta`)."""
+        dit = self.dit
+        x = jnp.zeros((1, 1, dit.height, dit.width, dit.channels))
+        action = jnp.zeros((1, 1), jnp.int32)
+        text = jnp.zeros((1, 1, dit.text_dim))
+
+        def run(module):
+            text_key_value = module.encode_text(text) if dit.text_dim else None
+            return module(
+                x, jnp.zeros((1, 1)), np.zeros(1, int), np.ones(1, int), Pattern(),
+                action, text_key_value,
+            )  # fmt: skip
+
+        return dit.init(rng, method=run)["params"]
+
+    def null(self, condition: Condition) -> Condition:
+        """The condition that stands for none: the extra action, text embeddings of zero."""
+        nothing = {"actions": self.dit.num_actions, "text": 0}
+        return {name: jnp.full_like(value, nothing[name]) for name, value in condition.items()}
+
+    def drop(self, rng: jax.Array, condition: Condition, rate: float) -> Condition:
+        """Replaces a clip's condition by none, with probability `rate`: training for guidance."""
+        if not condition or not rate:
+            return condition
+        clips = len(next(iter(condition.values())))
+        dropped = jax.random.bernoulli(rng, rate, (clips,))
+        choose = lambda none, given: jnp.where(
+            jnp.expand_dims(dropped, range(1, given.ndim)), none, given
+        )
+        return jax.tree.map(choose, self.null(condition), condition)
+
+    def with_null(self, condition: Condition) -> Condition:
+        """`[conditional; unconditional]` along the batch, for `guided`."""
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, self.null(condition))
+
+    def text(self, params: Params, condition: Condition) -> Any:
+        """The text's keys and values, computed once a clip; None for a model without text."""
+        if not self.dit.text_dim:
+            return None
+        return self.dit.apply({"params": params}, condition["text"], method=DiT.encode_text)
+
+    def apply(self, params, x, sigma, frame, copy, actions, text, cache=None, pattern=None):
+        """The DiT on given entries; see `DiT.__call__`."""
+        return self.dit.apply(
+            {"params": params}, x, sigma, frame, copy, pattern or self.pattern, actions, text, cache
+        )
+
+    def bidirectional(
+        self, params: Params, condition: Condition, guidance: float = 1.0
+    ) -> flow.Velocity:
+        """All frames see all frames: x `[B, F, H, W, C]`, sigma `[B, F]`."""
+        if guidance != 1.0:
+            return guided(self.bidirectional(params, self.with_null(condition)), guidance)
+        text = self.text(params, condition)
+
+        def velocity(x, sigma):
+            frames = x.shape[1]
+            return self.apply(
+                params, x, sigma, np.arange(frames), np.ones(frames, int),
+                condition.get("actions"), text, pattern=Pattern(chunk=None),
+            )[0]  # fmt: skip
+
+        return velocity
+
+    def teacher_forced(
+        self, params: Params, clean: jax.Array, condition: Condition, guidance: float = 1.0
+    ) -> flow.Velocity:
+        """Noisy frames given the clean frames before them, all at once.
+
+        Args:
+          clean: latents of whole clips, `[B, F, H, W, C]`.
+
+        Returns:
+          A velocity field over x `[B, draws * F, H, W, C]`, sigma `[B, draws * F]`: any number of
+          noisy draws of the clip, one after another, that share the one clean pass.
+        """
+        if guidance != 1.0:
+            both = self.teacher_forced(params, twice(clean), self.with_null(condition))
+            return guided(both, guidance)
+        text = self.text(params, condition)
+        frames = clean.shape[1]
+
+        def velocity(x, sigma):
+            draws = x.shape[1] // frames
+            frame, copy = teacher_forced_entries(frames, draws)
+            actions = condition.get("actions")
+            if actions is not None:
+                actions = jnp.tile(actions, (1, 1 + draws))
+            v, _ = self.apply(
+                params,
+                jnp.concatenate([clean, x], 1),
+                jnp.concatenate([jnp.zeros(clean.shape[:2]), sigma], 1),
+                frame, copy, actions, text,
+            )  # fmt: skip
+            return v[:, frames:]
+
+        return velocity
+
+    def replay(self, params: Params, cache: Cache, condition: Condition) -> flow.Velocity:
+        """Noisy frames 0 .. F - 1 against a cache that holds all of them clean, in its order."""
+        text = self.text(params, condition)
+
+        def velocity(x, sigma):
+            frames = x.shape[1]
+            return self.apply(
+                params, x, sigma, np.arange(frames), np.ones(frames, int),
+                condition.get("actions"), text, cache,
+            )[0]  # fmt: skip
+
+        return velocity

@@ -1,0 +1,384 @@
+"""Causal generation, chunk by chunk, with a cache of the clean frames before.
+
+For every chunk: start at noise; at each noise level of the sampler evaluate the network and step
+down; at the last one predict x0. The clean chunk then goes through the network once at sigma 0,
+which gives the keys and values that later chunks attend to. That *context pass* is
+
+  - separate: S + 1 passes a chunk, the cache is complete as soon as the chunk is (latency), or
+  - fused with the next chunk's first step, one pass over `[clean i | noisy i + 1]`: S passes a
+    chunk (throughput). The result is the same.
+
+Everything is a function of (seed, frame number), so a clip rolled out in one scan, frame by frame
+or as a stream is one and the same.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import einops
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfpp import flow
+from cfpp.attention.cache import Cache
+from cfpp.attention.pattern import CLEAN
+from cfpp.models import codec
+from cfpp.models.network import Condition, Network, Params, twice
+
+Noise = Callable[[jax.Array, jax.Array], jax.Array]  # (first frame of a chunk, step) -> noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Noise levels and the step between them.
+
+    Attributes:
+      sigmas: falling noise levels that end in 0: one network pass for each but the last.
+      first_sigmas: the same for the first generated chunk, which may take more steps.
+      step: `flow.consistency_step` or `flow.euler_step`.
+    """
+
+    sigmas: tuple[float, ...]
+    first_sigmas: tuple[float, ...]
+    step: Callable
+
+    @property
+    def steps(self) -> int:
+        """Network passes of a chunk after the first, context pass not counted."""
+        return len(self.sigmas) - 1
+
+    def padded(self) -> np.ndarray:
+        """Both schedules, first chunk's first, with zeros at the end: float32 `[2, longest]`."""
+        longest = max(len(self.sigmas), len(self.first_sigmas))
+        rows = (self.first_sigmas, self.sigmas)
+        return np.array([row + (0.0,) * (longest - len(row)) for row in rows], np.float32)
+
+
+def evenly(steps: int) -> tuple[float, ...]:
+    """The usual few-step positions: `evenly(2)` is (1000, 500)."""
+    return tuple(1000.0 * (1 - k / steps) for k in range(steps))
+
+
+def consistency(steps: int, shift: float, first_steps: int | None = None) -> Sampler:
+    """The consistency sampler at evenly spaced positions: what distilled students run with."""
+    sigmas = [
+        tuple(flow.schedule(evenly(n), shift).tolist()) for n in (steps, first_steps or steps)
+    ]
+    return Sampler(sigmas[0], sigmas[1], flow.consistency_step)
+
+
+def euler(steps: int, shift: float) -> Sampler:
+    """Euler's method on the solver grid: what many-step teachers run with."""
+    sigmas = tuple(flow.grid(steps, shift).tolist())
+    return Sampler(sigmas, sigmas, flow.euler_step)
+
+
+class Stream(flax.struct.PyTreeNode):
+    """All that generation carries from one chunk to the next.
+
+    Attributes:
+      cache: clean frames so far, but for the pending ones; batch doubled under guidance.
+      text: keys and values of the text, or None.
+      frame: int32 [], the next frame to generate.
+      pending: clean latents `[B, chunk, H, W, C]` that the next pass will write to the cache,
+      pending_frame: their frame numbers, int32 `[chunk]`, -1 where there is nothing to write, and
+      pending_actions: their actions, int32 `[B, chunk]` (all three unused without fusing).
+    """
+
+    cache: Cache
+    text: Any
+    frame: jax.Array
+    pending: jax.Array
+    pending_frame: jax.Array
+    pending_actions: jax.Array
+
+
+class Chunk(flax.struct.PyTreeNode):
+    """One generated chunk, and the input of its last network pass (for stage 3's replay).
+
+    Attributes:
+      x0: latents `[B, chunk, H, W, C]`.
+      x, sigma: what the last pass saw, `[B, chunk, H, W, C]` and `[]`.
+    """
+
+    x0: jax.Array
+    x: jax.Array
+    sigma: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Generates video from a network.
+
+    Attributes:
+      network: the network; its pattern gives chunk, window and sink.
+      sampler: noise levels and step.
+      guidance: weight of classifier-free guidance; 1 is none and costs half.
+      fused: whether the context pass rides on the next chunk's first step.
+    """
+
+    network: Network
+    sampler: Sampler
+    guidance: float = 1.0
+    fused: bool = True
+
+    @property
+    def passes(self) -> int:
+        """Network passes a chunk."""
+        return self.sampler.steps + (not self.fused)
+
+    def start(
+        self, params: Params, context: jax.Array, condition: Condition, slots: int | None = None
+    ) -> Stream:
+        """Puts given frames into a new cache: none, one (image-to-video) or several (extension).
+
+        Args:
+          context: clean latents `[B, K, H, W, C]`; K may be 0.
+          condition: actions of the given frames `[B, K]` and/or text.
+          slots: frames that the cache holds; by default the pattern's window.
+
+        Raises:
+          ValueError: neither a window nor `slots` bounds the cache.
+        """
+        pattern, dit = self.network.pattern, self.network.dit
+        slots = slots or pattern.window
+        if slots is None:
+            raise ValueError("a pattern without a window needs the number of cache slots")
+        batch, given = context.shape[:2]
+        chunk = pattern.chunk
+        text = self.network.text(params, self._both(condition))
+        cache = dit.cache(batch * (1 if self.guidance == 1.0 else 2), slots, pattern.sink)
+        stream = Stream(
+            cache=cache,
+            text=text,
+            frame=jnp.int32(0),
+            pending=jnp.zeros((batch, chunk, *context.shape[2:])),
+            pending_frame=jnp.full(chunk, -1, jnp.int32),
+            pending_actions=jnp.zeros((batch, chunk), jnp.int32),
+        )
+        if not given:
+            return stream
+        frame, actions = np.arange(given), condition.get("actions")
+        _, key_value = self._evaluate(
+            params, stream, context, jnp.zeros((batch, given)), frame, CLEAN * frame, actions
+        )
+        kept = frame[(frame < pattern.sink) | (frame >= given - (slots - pattern.sink))]
+        key, value = (x[:, :, kept] for x in key_value)
+        return stream.replace(
+            cache=cache.write(jnp.asarray(kept), key, value), frame=jnp.int32(given)
+        )
+
+    def chunk(
+        self,
+        params: Params,
+        stream: Stream,
+        actions: jax.Array | None,
+        noise: Noise,
+        sigmas: jax.Array,
+        last: jax.Array,
+    ) -> tuple[Stream, Chunk]:
+        """Generates the next chunk.
+
+        Args:
+          actions: int32 `[B, chunk]`, or None for a model without actions.
+          noise: `(frame, step) -> [B, chunk, H, W, C]`, the noise that a step starts from.
+          sigmas: float32 `[steps + 1]`, the chunk's noise levels.
+          last: int32 [], the step at which x0 is predicted: known only at run time, so that first
+            and later chunks, and stage 3's random exits, share one program.
+        """
+        size = self.network.pattern.chunk
+        frame = stream.frame + jnp.arange(size)
+        batch = stream.pending.shape[0]
+        level = lambda step: jnp.broadcast_to(sigmas[step], (batch, size))
+        noisy = np.ones(size, int)
+
+        def evaluate(x, step):
+            return self._evaluate(params, stream, x, level(step), frame, noisy, actions)[0]
+
+        x = noise(stream.frame, 0)
+        if self.fused:
+            cache, v = self._fused_step(params, stream, x, level(0), frame, actions)
+            stream = stream.replace(cache=cache)
+        else:
+            v = evaluate(x, 0)
+
+        def body(step, carry):
+            x, v = carry
+            fresh = noise(stream.frame, step + 1)
+            x = self.sampler.step(x, v, level(step), level(step + 1), fresh)
+            return x, evaluate(x, step + 1)
+
+        x, v = jax.lax.fori_loop(0, last, body, (x, v))
+        x0 = flow.to_x0(x, v, level(last))
+
+        if not self.fused:
+            _, key_value = self._evaluate(
+                params, stream, x0, jnp.zeros((batch, size)), frame, CLEAN * noisy, actions
+            )
+            stream = stream.replace(cache=stream.cache.write(frame, *key_value))
+        else:
+            if actions is not None:
+                stream = stream.replace(pending_actions=actions)
+            stream = stream.replace(pending=x0, pending_frame=frame)
+        return stream.replace(frame=stream.frame + size), Chunk(x0, x, sigmas[last])
+
+    def unroll(
+        self,
+        params: Params,
+        stream: Stream,
+        condition: Condition,
+        chunks: int,
+        noise: Noise,
+        sigmas: jax.Array,
+        last: jax.Array,
+    ) -> tuple[Stream, Chunk]:
+        """Generates `chunks` chunks in one scan.
+
+        Args:
+          condition: actions of the frames to generate, int32 `[B, chunks * chunk]`.
+          sigmas: float32 `[chunks, steps + 1]`; last: int32 `[chunks]`.
+
+        Returns:
+          The stream, and a `Chunk` whose x0 and x are `[B, chunks * chunk, H, W, C]` and whose
+          sigma is `[chunks * chunk]`.
+        """
+        actions = condition.get("actions")
+        size = self.network.pattern.chunk
+        if actions is not None:
+            actions = einops.rearrange(actions, "b (n c) -> n b c", n=chunks)
+
+        def body(stream, inputs):
+            actions, sigmas, last = inputs
+            return self.chunk(params, stream, actions, noise, sigmas, last)
+
+        stream, out = jax.lax.scan(body, stream, (actions, sigmas, last), length=chunks)
+        join = lambda x: einops.rearrange(x, "n b c ... -> b (n c) ...")
+        return stream, Chunk(join(out.x0), join(out.x), jnp.repeat(out.sigma, size))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def clip(
+        self, params: Params, context: jax.Array, condition: Condition, rng: jax.Array
+    ) -> jax.Array:
+        """Continues given frames.
+
+        Args:
+          context: uint8 `[B, K, H, W, 3]`, the frames to start from.
+          condition: `actions` int32 `[B, K + N]`, the given frames' own ones first; and/or text.
+            (A model without actions takes the number of frames from `actions` all the same.)
+          rng: a key.
+
+        Returns:
+          uint8 `[B, N, H, W, 3]`.
+        """
+        given = context.shape[1]
+        total = condition["actions"].shape[1]
+        size = self.network.pattern.chunk
+        chunks = -(-(total - given) // size)
+        actions = jnp.pad(
+            condition["actions"], ((0, 0), (0, given + chunks * size - total)), "edge"
+        )
+        first = condition | {"actions": actions[:, :given]}
+        later = condition | {"actions": actions[:, given:]}
+
+        rollout = self.after(given)
+        slots = self.network.pattern.window or total + size
+        stream = rollout.start(params, codec.encode(context), first, slots)
+        noise = gaussian_noise(rng, stream.pending.shape)
+        rows = np.minimum(np.arange(chunks), 1)  # the first schedule, then the other
+        last = np.array([len(self.sampler.first_sigmas), len(self.sampler.sigmas)]) - 2
+        _, out = rollout.unroll(
+            params,
+            stream,
+            later,
+            chunks,
+            noise,
+            jnp.asarray(self.sampler.padded()[rows]),
+            last[rows],
+        )
+        return codec.decode(out.x0[:, : total - given])
+
+    def after(self, given: int) -> "Rollout":
+        """The same rollout, its chunks counted from the end of the given frames."""
+        pattern = self.network.pattern.after(given)
+        return dataclasses.replace(self, network=dataclasses.replace(self.network, pattern=pattern))
+
+    def _both(self, condition):
+        return condition if self.guidance == 1.0 else self.network.with_null(condition)
+
+    def _evaluate(self, params, stream, x, sigma, frame, copy, actions):
+        """Velocity `[B, ...]` and new keys and values of entries, guided on the doubled batch."""
+        if self.guidance != 1.0:
+            x, sigma = twice((x, sigma))
+            if actions is not None:
+                actions = self.network.with_null({"actions": actions})["actions"]
+        if not self.network.dit.num_actions:
+            actions = None
+        v, key_value = self.network.apply(
+            params, x, sigma, frame, copy, actions, stream.text, stream.cache
+        )
+        if self.guidance != 1.0:
+            v = flow.guide(*jnp.split(v, 2), self.guidance)
+        return v, key_value
+
+    def _fused_step(self, params, stream, x, sigma, frame, actions):
+        """One pass over `[clean pending | noisy x]`: the written cache and the velocity at x."""
+        size = x.shape[1]
+        both_actions = None
+        if actions is not None:
+            both_actions = jnp.concatenate([stream.pending_actions, actions], 1)
+        v, key_value = self._evaluate(
+            params,
+            stream,
+            jnp.concatenate([stream.pending, x], 1),
+            jnp.concatenate([jnp.zeros_like(sigma), sigma], 1),
+            jnp.concatenate([stream.pending_frame, frame]),
+            np.repeat([CLEAN, 1], size),
+            both_actions,
+        )
+        key, value = (x[:, :, :size] for x in key_value)
+        return stream.cache.write(stream.pending_frame, key, value), v[:, size:]
+
+
+def gaussian_noise(rng: jax.Array, shape: tuple[int, ...]) -> Noise:
+    """Fresh noise for every (frame, step), a function of the key alone."""
+
+    def noise(frame, step):
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(rng, frame), step), shape)
+
+    return noise
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def bidirectional_clip(
+    network: Network,
+    params: Params,
+    context: jax.Array,
+    condition: Condition,
+    rng: jax.Array,
+    sampler: Sampler,
+) -> jax.Array:
+    """Samples all frames of a clip together from a bidirectional model, given the first ones.
+
+    The given frames are held clean, at sigma 0, as in stage 0's training. Shapes as `Rollout.clip`.
+    """
+    batch, given = context.shape[:2]
+    total = condition["actions"].shape[1]
+    velocity = network.bidirectional(params, condition)
+    held = jnp.arange(total) < given
+    clean = jnp.pad(codec.encode(context), ((0, 0), (0, total - given)) + ((0, 0),) * 3)
+    hold = lambda x: jnp.where(held[None, :, None, None, None], clean, x)
+    sigmas = jnp.asarray(sampler.sigmas)
+    level = lambda step: jnp.where(held, 0.0, sigmas[step])[None].repeat(batch, 0)
+
+    def body(step, x):
+        fresh = jax.random.normal(jax.random.fold_in(rng, step + 1), x.shape)
+        v = velocity(x, level(step))
+        return hold(sampler.step(x, v, level(step), level(step + 1), fresh))
+
+    x = hold(jax.random.normal(jax.random.fold_in(rng, 0), clean.shape))
+    x = jax.lax.fori_loop(0, sampler.steps, body, x)
+    return codec.decode(x[:, given:])

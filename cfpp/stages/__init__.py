@@ -1,0 +1,22 @@
+"""The stages of the recipe, one file each: two pure functions and the parents they start from."""
+
+import importlib
+
+import ml_collections
+
+from cfpp.stages.stage import Stage, State
+
+STAGES = ("bidirectional", "ar_diffusion", "consistency", "ode", "dmd")
+
+__all__ = ["STAGES", "Stage", "State", "build"]
+
+
+def build(config: ml_collections.ConfigDict) -> Stage:
+    """The stage that `config.stage` names.
+
+    Raises:
+      ValueError: there is no such stage.
+    """
+    if config.stage not in STAGES:
+        raise ValueError(f"config.stage must be one of {', '.join(STAGES)}, got {config.stage!r}")
+    return importlib.import_module(f"cfpp.stages.{config.stage}").build(config)

@@ -1,0 +1,53 @@
+"""Stage 1: the many-step autoregressive teacher, by teacher forcing.
+
+    (1) L = | v_theta(x_sigma^i, sigma_i | x0^{<i}, c) - (noise - x0^i) |^2
+
+One forward over `[clean frames | noisy frames]`; every chunk has its own sigma. Several noisy draws
+of a clip (`config.draws`) share its one clean pass.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cfpp import flow
+from cfpp.models.network import Network
+from cfpp.stages.stage import (
+    Stage,
+    clip,
+    descend,
+    draw_sigma,
+    inherit,
+    optimizer,
+    repeat_draws,
+    start,
+)
+
+
+def build(config) -> Stage:
+    """Builds stage 1 from a config; `init_from.base` is the bidirectional model it starts from."""
+    network = Network.create(config.model, config.pattern)
+    transform = optimizer(config.optimizer, config.steps)
+
+    def init(rng, parents):
+        params = network.init(rng)
+        if "base" in parents:
+            params = inherit(params, parents["base"])
+        return start(params, transform)
+
+    def step(state, batch, rng):
+        clean, condition = clip(batch)
+        noise_rng, sigma_rng, drop_rng = jax.random.split(rng, 3)
+        shape = (len(clean), config.draws, clean.shape[1])
+        x0 = repeat_draws(clean, config.draws)
+        noise = jax.random.normal(noise_rng, x0.shape)
+        sigma = draw_sigma(sigma_rng, network.pattern, shape, config.shift)
+        condition = network.drop(drop_rng, condition, config.drop_rate)
+
+        def loss(params):
+            velocity = network.teacher_forced(params, clean, condition)
+            error = flow.matching_loss(velocity, x0, noise, sigma, config.sigma_floor)
+            return jnp.mean(error)
+
+        return descend(state, transform, loss, config.ema)
+
+    return Stage(init, step, optional=("base",))

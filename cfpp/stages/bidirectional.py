@@ -1,0 +1,45 @@
+"""Stage 0: the bidirectional base, by flow matching. All frames see all frames.
+
+    (1) L = | v_theta(x_sigma, sigma | c) - (noise - x0) |^2        one sigma for the whole clip
+
+With probability `config.given_rate` the first frame is held clean, at sigma 0, and left out of the
+loss, so that the base can also continue a given frame.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cfpp import flow
+from cfpp.models.network import Network
+from cfpp.stages.stage import Stage, clip, descend, inherit, optimizer, start
+
+
+def build(config) -> Stage:
+    """Builds stage 0 from a config; `init_from.base`, where given, is where it starts."""
+    network = Network.create(config.model, config.pattern)
+    transform = optimizer(config.optimizer, config.steps)
+
+    def init(rng, parents):
+        params = network.init(rng)
+        if "base" in parents:
+            params = inherit(params, parents["base"])
+        return start(params, transform)
+
+    def step(state, batch, rng):
+        x0, condition = clip(batch)
+        noise_rng, sigma_rng, given_rng, drop_rng = jax.random.split(rng, 4)
+        noise = jax.random.normal(noise_rng, x0.shape)
+        sigma = flow.shift(jax.random.uniform(sigma_rng, (len(x0), 1)), config.shift)
+        given = jax.random.bernoulli(given_rng, config.given_rate, (len(x0), 1))
+        held = given & (jnp.arange(x0.shape[1]) == 0)  # [B, F]
+        sigma = jnp.where(held, 0.0, sigma)
+        condition = network.drop(drop_rng, condition, config.drop_rate)
+
+        def loss(params):
+            velocity = network.bidirectional(params, condition)
+            error = flow.matching_loss(velocity, x0, noise, sigma, config.sigma_floor)
+            return jnp.mean(error, where=~held)
+
+        return descend(state, transform, loss, config.ema)
+
+    return Stage(init, step, optional=("base",))

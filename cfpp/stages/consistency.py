@@ -1,0 +1,114 @@
+"""Stage 2: causal consistency distillation. The target comes from one online teacher step.
+
+With the solver grid sigma_0 = 1 > ... > sigma_N = 0, k drawn from 0 .. N - 1 for each chunk,
+sigma = sigma_k and sigma' = sigma_{k+1}, all networks teacher-forced on the clean history:
+
+    (1) x_sigma'   = one Euler or Heun step of the guided teacher from x_sigma
+    (2) f(x, s)    = x - s v(x, s)
+    (3) L          = d(f_theta(x_sigma, sigma), stopgrad f_ema(x_sigma', sigma'))
+
+d is the squared error or the pseudo-Huber distance. At sigma' = 0, f is the identity: the last pair
+ties the map to the teacher's own endpoint, so it is drawn like every other.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfpp import flow
+from cfpp.models.network import Network
+from cfpp.stages.stage import Stage, clip, descend, inherit, optimizer, repeat_draws, start
+
+
+def distance(name: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The distance d of equation (3) for each frame, `[batch, frames]`: 'mse' or 'pseudo_huber'.
+
+    Pseudo-Huber is sqrt(|a - b|^2 + c^2) - c with c = 0.00054 sqrt(n), n values in a frame (Song
+    and Dhariwal 2023, section 3.4).
+    """
+    squares = jnp.square(a - b)
+    if name == "mse":
+        return jnp.mean(squares, axis=(2, 3, 4))
+    if name == "pseudo_huber":
+        size = np.prod(a.shape[2:])
+        c = 0.00054 * np.sqrt(size)
+        return jnp.sqrt(jnp.sum(squares, axis=(2, 3, 4)) + c**2) - c
+    raise ValueError(f"distance must be 'mse' or 'pseudo_huber', got {name!r}")
+
+
+def target(
+    ema: flow.Velocity,
+    teacher: flow.Velocity,
+    x: jax.Array,
+    sigma: jax.Array,
+    sigma_next: jax.Array,
+    solver: str,
+) -> jax.Array:
+    """Equations (1) and (2) for the target: f_ema at the end of one teacher step."""
+    x_next = flow.solver_step(solver, teacher, x, sigma, sigma_next)
+    return jax.lax.stop_gradient(flow.to_x0(x_next, ema(x_next, sigma_next), sigma_next))
+
+
+def loss(
+    student: flow.Velocity,
+    ema: flow.Velocity,
+    teacher: flow.Velocity,
+    x0: jax.Array,
+    noise: jax.Array,
+    index: jax.Array,
+    grid: jax.Array,
+    solver: str = "euler",
+    distance_name: str = "mse",
+) -> jax.Array:
+    """Equation (3), one value a frame.
+
+    Args:
+      student, ema, teacher: velocity fields bound to the clean history; the teacher is guided.
+      x0, noise: `[batch, frames, height, width, channels]`.
+      index: k of each frame, int `[batch, frames]` in 0 .. N - 1.
+      grid: sigma_0 .. sigma_N, float32 `[N + 1]`.
+      solver: 'euler' or 'heun'.
+      distance_name: 'mse' or 'pseudo_huber'.
+
+    Returns:
+      float32 `[batch, frames]`.
+    """
+    sigma, sigma_next = grid[index], grid[index + 1]
+    x = flow.interpolate(x0, noise, sigma)
+    f_target = target(ema, teacher, x, sigma, sigma_next, solver)
+    return distance(distance_name, flow.to_x0(x, student(x, sigma), sigma), f_target)
+
+
+def build(config) -> Stage:
+    """Builds stage 2 from a config; `init_from.teacher` is the stage-1 model."""
+    network = Network.create(config.model, config.pattern)
+    transform = optimizer(config.optimizer, config.steps)
+    grid = jnp.asarray(flow.grid(config.grid_steps, config.shift))
+
+    def init(rng, parents):
+        params = inherit(network.init(rng), parents["teacher"])
+        return start(params, transform, {"teacher": params})
+
+    def step(state, batch, rng):
+        clean, condition = clip(batch)
+        noise_rng, index_rng = jax.random.split(rng)
+        x0 = repeat_draws(clean, config.draws)
+        noise = jax.random.normal(noise_rng, x0.shape)
+        chunk = network.pattern.chunk_index(clean.shape[1])
+        index = jax.random.randint(
+            index_rng, (len(clean), config.draws, chunk[-1] + 1), 0, config.grid_steps
+        )
+        index = index[:, :, chunk].reshape(x0.shape[:2])
+        ema = network.teacher_forced(state.ema, clean, condition)
+        teacher = network.teacher_forced(state.frozen["teacher"], clean, condition, config.guidance)
+
+        def mean_loss(params):
+            student = network.teacher_forced(params, clean, condition)
+            value = loss(
+                student, ema, teacher, x0, noise, index, grid, config.solver, config.distance
+            )
+            return jnp.mean(value)
+
+        return descend(state, transform, mean_loss, config.ema)
+
+    return Stage(init, step, required=("teacher",))

@@ -1,0 +1,243 @@
+"""Stage 3: asymmetric distribution matching distillation on self-rollouts, by replay.
+
+The student rolls itself out on its own history, leaving every chunk's denoising at a random step.
+For the clip x that results, one noise level sigma a clip or chunk, x_sigma noised from x, and
+f(x, s) = x - s v(x, s):
+
+    (1) g      = (f_fake(x_sigma) - f_real(x_sigma)) / mean |x - f_real(x_sigma)|
+    (2) L      = 1/2 | x - stopgrad(x - g) |^2                     for the student
+    (3) L_fake = | v_fake(x_sigma, sigma) - (noise - x) |^2        for the critic, on fresh rollouts
+
+`real` is frozen and guided, `fake` is the critic. With `config.real_score = 'bidirectional'` both
+see the whole clip at one noise level; with 'causal' both are teacher-forced on the student's own
+history (context-matched distillation, arXiv 2608.13391).
+
+**Replay.** The history carries no gradient, so every chunk's gradient depends on its own last
+network pass alone. The rollout therefore runs without gradients and keeps each chunk's last input
+and the cache; then one parallel pass over all chunks' last inputs, against the cached keys and
+values, has the gradient of the whole unrolled loop.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfpp import flow
+from cfpp.attention.cache import Cache
+from cfpp.models.network import Condition, Network, Params
+from cfpp.rollout.generate import Noise, Rollout, Sampler, gaussian_noise
+from cfpp.stages.stage import (
+    Stage,
+    State,
+    clip,
+    descend,
+    draw_sigma,
+    inherit,
+    optimizer,
+    update,
+)
+
+REAL_SCORES = ("bidirectional", "causal")
+
+
+def gradient(
+    real: flow.Velocity, fake: flow.Velocity, x: jax.Array, noise: jax.Array, sigma: jax.Array
+) -> jax.Array:
+    """Equation (1).
+
+    Args:
+      real, fake: velocity fields of the data's and the student's score; `real` is guided.
+      x, noise: `[batch, frames, height, width, channels]`.
+      sigma: `[batch, frames]`.
+
+    Returns:
+      g, like x. The mean in its denominator runs over each clip.
+    """
+    x_sigma = flow.interpolate(x, noise, sigma)
+    x0_real = flow.to_x0(x_sigma, real(x_sigma, sigma), sigma)
+    x0_fake = flow.to_x0(x_sigma, fake(x_sigma, sigma), sigma)
+    scale = jnp.mean(jnp.abs(x - x0_real), axis=(1, 2, 3, 4), keepdims=True)
+    return (x0_fake - x0_real) / jnp.maximum(scale, 1e-6)
+
+
+def loss(x: jax.Array, g: jax.Array) -> jax.Array:
+    """Equation (2), one value a frame, `[batch, frames]`: its gradient in x is g / frame size."""
+    target = jax.lax.stop_gradient(x - g)
+    return 0.5 * jnp.mean(jnp.square(x - target), axis=(2, 3, 4))
+
+
+def self_rollout(
+    rollout: Rollout,
+    params: Params,
+    x0: jax.Array,
+    condition: Condition,
+    given: int,
+    noise: Noise,
+    last: jax.Array,
+) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
+    """Rolls the student out without gradients, from the first `given` frames of `x0` on.
+
+    Args:
+      rollout: the student's, with chunks counted from the given frames (`Rollout.after`).
+      x0: real clips `[B, F, H, W, C]`: the given frames, and the length.
+      condition: of all F frames.
+      noise: `(frame, step) -> [B, chunk, H, W, C]`.
+      last: int32 `[chunks]`, the step at which each generated chunk leaves its denoising.
+
+    Returns:
+      The cache of all clean frames; the clips `[B, F, H, W, C]`; the inputs of each frame's last
+      pass `[B, F, H, W, C]` and their noise levels `[F]`, those of given frames 0.
+    """
+    frames = x0.shape[1]
+    actions = condition.get("actions")
+    split = lambda part: condition if actions is None else condition | {"actions": actions[:, part]}
+    stream = rollout.start(params, x0[:, :given], split(np.s_[:given]), frames)
+    chunks = len(last)
+    rows = np.minimum(np.arange(chunks), 1)
+    sigmas = jnp.asarray(rollout.sampler.padded()[rows])
+    stream, out = rollout.unroll(params, stream, split(np.s_[given:]), chunks, noise, sigmas, last)
+    x = jnp.concatenate([x0[:, :given], out.x0], 1)
+    inputs = jnp.concatenate([x0[:, :given], out.x], 1)
+    sigma = jnp.concatenate([jnp.zeros(given), out.sigma])
+    return jax.lax.stop_gradient((stream.cache, x, inputs, sigma))
+
+
+def replay(
+    network: Network,
+    params: Params,
+    cache: Cache,
+    inputs: jax.Array,
+    sigma: jax.Array,
+    condition: Condition,
+) -> jax.Array:
+    """The clips of a self-rollout once more, now as a function of the parameters.
+
+    Args:
+      network: its `dit.history_gradient` says what gradient the cache carries.
+      cache, inputs, sigma: what `self_rollout` returned.
+
+    Returns:
+      `[B, F, H, W, C]`, for generated frames equal to the rollout's clips.
+    """
+    sigma = jnp.broadcast_to(sigma, inputs.shape[:2])
+    velocity = network.replay(params, cache, condition)
+    return flow.to_x0(inputs, velocity(inputs, sigma), sigma)
+
+
+def build(config) -> Stage:
+    """Builds stage 3 from a config.
+
+    `init_from.student` is the stage-2 model; `init_from.real` the base (stage 0) or, for a causal
+    real score, the teacher (stage 1). The critic starts from `real`.
+
+    Raises:
+      ValueError: an unknown real score, or a clip that does not divide into chunks.
+    """
+    if config.real_score not in REAL_SCORES:
+        raise ValueError(f"real_score must be one of {REAL_SCORES}, got {config.real_score!r}")
+    given, frames = config.given, config.data.frames
+    network = Network.create(config.model, config.pattern)
+    if (frames - given) % network.pattern.chunk:
+        raise ValueError(
+            f"{frames} frames less {given} given ones do not divide into chunks of "
+            f"{network.pattern.chunk}"
+        )
+    chunks = (frames - given) // network.pattern.chunk
+    sigmas = flow.schedule(config.positions, config.shift)
+    first = flow.schedule(config.first_positions or config.positions, config.shift)
+    sampler = Sampler(tuple(sigmas.tolist()), tuple(first.tolist()), flow.consistency_step)
+    rollout = Rollout(network, sampler).after(given)
+    student = dataclasses.replace(
+        rollout.network, dit=network.dit.clone(history_gradient=config.history_gradient)
+    )
+    transform = optimizer(config.optimizer, config.steps)
+    critic_transform = optimizer(config.critic_optimizer, config.steps * config.critic_steps)
+    generated = jnp.arange(frames) >= given
+
+    def init(rng, parents):
+        template = network.init(rng)
+        params = inherit(template, parents["student"])
+        real = inherit(template, parents["real"])
+        return State(
+            step=jnp.int32(0),
+            params={"model": params, "critic": real},
+            optimizer={"model": transform.init(params), "critic": critic_transform.init(real)},
+            ema=params,
+            frozen={"real": real},
+        )
+
+    def score(params, x, condition, guidance=1.0):
+        if config.real_score == "bidirectional":
+            return network.bidirectional(params, condition, guidance)
+        return network.teacher_forced(params, x, condition, guidance)
+
+    def draw_exits(rng):
+        """One exit for all chunks, drawn uniformly; the first chunk's own where it is longer."""
+        u = jax.random.uniform(rng)
+        steps = np.array([len(first) - 1] + [len(sigmas) - 1] * (chunks - 1))
+        return jnp.floor(u * steps).astype(jnp.int32)
+
+    def fresh_clip(params, x0, condition, rng):
+        exit_rng, noise_rng = jax.random.split(rng)
+        noise = gaussian_noise(noise_rng, (len(x0), network.pattern.chunk, *x0.shape[2:]))
+        return self_rollout(rollout, params, x0, condition, given, noise, draw_exits(exit_rng))
+
+    def draw_noise(rng, x):
+        noise_rng, sigma_rng = jax.random.split(rng)
+        if config.real_score == "bidirectional":
+            u = jax.random.uniform(sigma_rng, (len(x), 1))
+            sigma = jnp.broadcast_to(flow.shift(u, config.score_shift), x.shape[:2])
+        else:
+            shape = (len(x), 1, frames)
+            sigma = draw_sigma(sigma_rng, network.pattern, shape, config.score_shift)
+        low, high = config.score_sigma
+        sigma = jnp.where(generated, jnp.clip(sigma, low, high), 0.0)
+        return jax.random.normal(noise_rng, x.shape), sigma
+
+    def train_critic(state, x0, condition, rng):
+        rollout_rng, noise_rng = jax.random.split(rng)
+        _, x, _, _ = fresh_clip(state.params["model"], x0, condition, rollout_rng)
+        noise, sigma = draw_noise(noise_rng, x)
+
+        def mean_loss(params):
+            velocity = score(params, x, condition)
+            value = flow.matching_loss(velocity, x, noise, sigma, config.sigma_floor)
+            return jnp.mean(value, where=generated)
+
+        params, optimizer_state, metrics = update(
+            critic_transform, mean_loss, state.params["critic"], state.optimizer["critic"]
+        )
+        state = state.replace(
+            params=state.params | {"critic": params},
+            optimizer=state.optimizer | {"critic": optimizer_state},
+        )
+        return state, metrics["loss"]
+
+    def train_student(state, x0, condition, rng):
+        rollout_rng, noise_rng = jax.random.split(rng)
+        cache, x, inputs, sigma = fresh_clip(state.params["model"], x0, condition, rollout_rng)
+        noise, score_sigma = draw_noise(noise_rng, x)
+        real = score(state.frozen["real"], x, condition, config.guidance)
+        fake = score(state.params["critic"], x, condition)
+        g = gradient(real, fake, x, noise, score_sigma)
+
+        def mean_loss(params):
+            x_replayed = replay(student, params, cache, inputs, sigma, condition)
+            return jnp.mean(loss(x_replayed, g), where=generated)
+
+        return descend(state, transform, mean_loss, config.ema)
+
+    def step(state, batch, rng):
+        x0, condition = clip(batch)
+        student_rng, *critic_rngs = jax.random.split(rng, 1 + config.critic_steps)
+        state, critic_loss = jax.lax.scan(
+            lambda state, rng: train_critic(state, x0, condition, rng),
+            state,
+            jnp.stack(critic_rngs),
+        )
+        state, metrics = train_student(state, x0, condition, student_rng)
+        return state, metrics | {"critic_loss": jnp.mean(critic_loss)}
+
+    return Stage(init, step, required=("student", "real"))

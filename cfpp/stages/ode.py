@@ -1,0 +1,79 @@
+"""Stage 2': causal ODE distillation, the baseline that consistency distillation replaces.
+
+The guided teacher's probability-flow ODE is solved from pure noise to the end, teacher-forced on
+the clean history, and the student regresses from the points of its schedule onto the endpoint:
+
+    (1) x_{sigma_{k+1}} = one Euler or Heun step of the guided teacher from x_{sigma_k}, x_1 = noise
+    (2) L = | f_theta(x_sigma, sigma) - x_{sigma_N} |^2   for each sigma of the student's schedule
+
+Each step of training solves the trajectories of its own batch: N teacher evaluations, where stage 2
+spends one. The points of a trajectory are draws of one clean pass.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfpp import flow
+from cfpp.models.network import Network
+from cfpp.stages.stage import Stage, clip, descend, inherit, optimizer, start
+
+
+def trajectory(
+    teacher: flow.Velocity, noise: jax.Array, grid: jax.Array, solver: str = "euler"
+) -> jax.Array:
+    """Equation (1): the whole path of the ODE from `noise`.
+
+    Args:
+      teacher: guided velocity field, bound to the clean history.
+      noise: `[batch, frames, height, width, channels]`.
+      grid: sigma_0 .. sigma_N, float32 `[N + 1]`.
+      solver: 'euler' or 'heun'.
+
+    Returns:
+      `[N + 1, batch, frames, height, width, channels]`, from the noise to the endpoint.
+    """
+
+    def body(x, sigmas):
+        sigma, sigma_next = (jnp.broadcast_to(s, noise.shape[:2]) for s in sigmas)
+        x = flow.solver_step(solver, teacher, x, sigma, sigma_next)
+        return x, x
+
+    _, path = jax.lax.scan(body, noise, (grid[:-1], grid[1:]))
+    return jnp.concatenate([noise[None], path])
+
+
+def loss(student: flow.Velocity, x: jax.Array, sigma: jax.Array, endpoint: jax.Array) -> jax.Array:
+    """Equation (2), one value a frame, `[batch, frames]`."""
+    error = flow.to_x0(x, student(x, sigma), sigma) - jax.lax.stop_gradient(endpoint)
+    return jnp.mean(jnp.square(error), axis=(2, 3, 4))
+
+
+def build(config) -> Stage:
+    """Builds stage 2' from a config; `init_from.teacher` is the stage-1 model."""
+    network = Network.create(config.model, config.pattern)
+    transform = optimizer(config.optimizer, config.steps)
+    grid = jnp.asarray(flow.grid(config.grid_steps, config.shift))
+    wanted = flow.schedule(config.positions, config.shift)[:-1]
+    points = np.argmin(np.abs(np.asarray(grid)[:, None] - wanted), 0)  # nearest on the grid
+
+    def init(rng, parents):
+        params = inherit(network.init(rng), parents["teacher"])
+        return start(params, transform, {"teacher": params})
+
+    def step(state, batch, rng):
+        clean, condition = clip(batch)
+        noise = jax.random.normal(rng, clean.shape)
+        teacher = network.teacher_forced(state.frozen["teacher"], clean, condition, config.guidance)
+        path = trajectory(teacher, noise, grid, config.solver)
+        x = jnp.concatenate(list(path[points]), 1)  # [B, points * F, ...]
+        sigma = jnp.repeat(grid[points], clean.shape[1])[None].repeat(len(clean), 0)
+        endpoint = jnp.tile(path[-1], (1, len(points), 1, 1, 1))
+
+        def mean_loss(params):
+            student = network.teacher_forced(params, clean, condition)
+            return jnp.mean(loss(student, x, sigma, endpoint))
+
+        return descend(state, transform, mean_loss, config.ema)
+
+    return Stage(init, step, required=("teacher",))

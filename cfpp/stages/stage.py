@@ -1,0 +1,181 @@
+"""What all stages share: their state, their interface, and the optimizer's update."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from cfpp import flow
+from cfpp.attention.pattern import Pattern
+from cfpp.models import codec
+from cfpp.models.network import Condition, Params
+
+Metrics = dict[str, jax.Array]
+
+
+class State(flax.struct.PyTreeNode):
+    """Everything that a stage carries from step to step, and that a checkpoint holds.
+
+    Attributes:
+      step: int32 [], optimizer steps taken.
+      params: the trained networks by name; 'model' is the one that the stage is for.
+      optimizer: their optimizer states, by the same names.
+      ema: the average of params['model']: what later stages, rollout and export take.
+      frozen: networks that only lend their output, by role.
+    """
+
+    step: jax.Array
+    params: dict[str, Params]
+    optimizer: dict[str, Any]
+    ema: Params
+    frozen: dict[str, Params]
+
+
+class Stage(NamedTuple):
+    """A stage: two pure, jittable functions.
+
+    Attributes:
+      init: `(rng, parents) -> State`, parents by role; parameters are boxed with their logical
+        axis names (`flax.linen.meta.unbox` takes these off).
+      step: `(state, batch, rng) -> (state, metrics)`, with scalar metrics, one of them `loss`.
+      required, optional: roles in `config.init_from` that must and that may be given.
+    """
+
+    init: Callable[[jax.Array, dict[str, Params]], State]
+    step: Callable[[State, dict[str, jax.Array], jax.Array], tuple[State, Metrics]]
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+def clip(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
+    """Latents and condition of a batch from the input pipeline."""
+    condition = {name: batch[name] for name in ("actions", "text") if name in batch}
+    return codec.encode(batch["video"]), condition
+
+
+def inherit(template: Params, parent: Params) -> Params:
+    """The parent's values in the boxes of freshly initialised parameters."""
+    return nn.meta.replace_boxed(template, parent)
+
+
+def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+    """The optimizer of `config.optimizer`: 'adamw' or 'muon', clipped, warmed up and decayed.
+
+    Muon orthogonalises the updates of the blocks' matrices; Adam moves everything else.
+    """
+    rates = {
+        "constant": lambda peak: optax.schedules.warmup_constant_schedule(0.0, peak, config.warmup),
+        "cosine": lambda peak: optax.schedules.warmup_cosine_decay_schedule(
+            0.0, peak, config.warmup, max(steps, config.warmup + 1), config.final_rate * peak
+        ),
+    }
+    rate = rates[config.schedule]
+    if config.name == "adamw":
+        update = optax.adamw(
+            rate(config.rate), config.b1, config.b2, weight_decay=config.weight_decay
+        )
+    elif config.name == "muon":
+        update = optax.contrib.muon(
+            rate(config.rate),
+            adam_learning_rate=rate(config.adam_rate),
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_matrices_of_blocks,
+        )
+    else:
+        raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {config.name!r}")
+    return optax.chain(optax.clip_by_global_norm(config.clip), update)
+
+
+def _matrices_of_blocks(params: Params) -> Any:
+    """Muon's dimension numbers: the stacked `[layers, in, out]` kernels of the blocks."""
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+
+    def number(path, leaf):
+        in_block = any(getattr(key, "key", None) == "blocks" for key in path)
+        is_kernel = any(getattr(key, "key", None) == "kernel" for key in path)
+        return matrix if in_block and is_kernel else None
+
+    return jax.tree_util.tree_map_with_path(number, params)
+
+
+def update(
+    transform: optax.GradientTransformation, loss: Callable, params: Params, optimizer_state: Any
+) -> tuple[Params, Any, Metrics]:
+    """One optimizer step on the scalar `loss(params)`.
+
+    Returns:
+      The new parameters, the new optimizer state, and the metrics `loss` and `grad_norm`.
+    """
+    value, gradient = jax.value_and_grad(loss)(params)
+    updates, optimizer_state = transform.update(gradient, optimizer_state, params)
+    metrics = {"loss": value, "grad_norm": optax.global_norm(gradient)}
+    return optax.apply_updates(params, updates), optimizer_state, metrics
+
+
+def average(
+    ema: Params, params: Params, step: jax.Array, config: ml_collections.ConfigDict
+) -> Params:
+    """The exponential moving average after a step: a plain copy until step `config.start`."""
+    decay = jnp.where(step < config.start, 0.0, config.decay)
+    return optax.incremental_update(params, ema, 1.0 - decay)
+
+
+def start(
+    params: Params, transform: optax.GradientTransformation, frozen: dict[str, Params] | None = None
+) -> State:
+    """The first state of a stage that trains one network."""
+    return State(
+        step=jnp.int32(0),
+        params={"model": params},
+        optimizer={"model": transform.init(params)},
+        ema=params,
+        frozen=frozen or {},
+    )
+
+
+def descend(
+    state: State,
+    transform: optax.GradientTransformation,
+    loss: Callable,
+    ema: ml_collections.ConfigDict,
+) -> tuple[State, Metrics]:
+    """One step of `params['model']` on the scalar `loss(params)`, and of its average."""
+    params, optimizer_state, metrics = update(
+        transform, loss, state.params["model"], state.optimizer["model"]
+    )
+    state = state.replace(
+        step=state.step + 1,
+        params=state.params | {"model": params},
+        optimizer=state.optimizer | {"model": optimizer_state},
+        ema=average(state.ema, params, state.step, ema),
+    )
+    return state, metrics
+
+
+def draw_sigma(
+    rng: jax.Array, pattern: Pattern, shape: tuple[int, int, int], s: float
+) -> jax.Array:
+    """Noise levels, uniform before the shift by `s`, one for each chunk of each draw.
+
+    Args:
+      shape: (batch, draws, frames).
+
+    Returns:
+      float32 `[batch, draws * frames]`.
+    """
+    batch, draws, frames = shape
+    chunk = pattern.chunk_index(frames)
+    uniform = jax.random.uniform(rng, (batch, draws, chunk[-1] + 1))
+    return flow.shift(uniform[:, :, chunk], s).reshape(batch, draws * frames)
+
+
+def repeat_draws(x: jax.Array, draws: int) -> jax.Array:
+    """`draws` copies of a clip's frames, one after another: `[batch, draws * frames, ...]`."""
+    return jnp.tile(x, (1, draws) + (1,) * (x.ndim - 2))

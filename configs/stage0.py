@@ -1,0 +1,17 @@
+"""Stage 0, the bidirectional base: flow matching on whole clips.
+
+python -m cfpp.main --config=configs/stage0.py --workdir=runs/stage0
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    options = common.parse(arg)
+    config = common.base("bidirectional", options)
+    config.optimizer = common.muon()
+    config.sigma_floor = 0.3  # noise levels below weigh less
+    config.given_rate = 0.5  # how often the first frame is given
+    config.drop_rate = 0.0  # how often the condition is dropped, for guidance
+    config.init_from.base = ""  # a model to start from, or ''
+    return config

@@ -1,0 +1,18 @@
+"""Stage 1, the many-step autoregressive teacher: teacher forcing.
+
+    python -m cfpp.main --config=configs/stage1.py --workdir=runs/stage1 \
+        --config.init_from.base=runs/stage0
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    options = common.parse(arg)
+    config = common.base("ar_diffusion", options)
+    config.optimizer = common.muon()
+    config.draws = 1  # noisy draws that share a clean pass
+    config.sigma_floor = 0.3  # noise levels below weigh less
+    config.drop_rate = 0.0  # how often the condition is dropped, for guidance
+    config.init_from.base = ""  # the stage-0 model to start from, or ''
+    return config

@@ -1,0 +1,22 @@
+"""Stage 2, causal consistency distillation: one online teacher step gives the target.
+
+    python -m cfpp.main --config=configs/stage2.py --workdir=runs/stage2 \
+        --config.init_from.teacher=runs/stage1
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    options = common.parse(arg)
+    config = common.base("consistency", options)
+    config.steps = 320
+    config.optimizer = common.optimizer("adamw", 1e-3)
+    config.draws = 1  # noisy draws that share a clean pass
+    config.grid_steps = 12  # N of the solver grid
+    config.shift = 4.0
+    config.solver = "euler"  # or 'heun'
+    config.distance = "mse"  # or 'pseudo_huber'
+    config.ema.decay = 0.9
+    config.init_from.teacher = "runs/stage1"
+    return config

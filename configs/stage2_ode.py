@@ -1,0 +1,21 @@
+"""Stage 2', causal ODE distillation: the baseline that consistency distillation replaces.
+
+    python -m cfpp.main --config=configs/stage2_ode.py --workdir=runs/stage2_ode \
+        --config.init_from.teacher=runs/stage1
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    options = common.parse(arg)
+    config = common.base("ode", options)
+    config.steps = 320
+    config.optimizer = common.optimizer("adamw", 1e-3)
+    config.grid_steps = 12  # N of the solver grid
+    config.shift = 4.0
+    config.positions = (1000.0, 500.0)  # the student's schedule, on the unshifted 1000-grid
+    config.solver = "euler"  # or 'heun'
+    config.ema.decay = 0.9
+    config.init_from.teacher = "runs/stage1"
+    return config

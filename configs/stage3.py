@@ -1,0 +1,29 @@
+"""Stage 3, asymmetric distribution matching on self-rollouts.
+
+    python -m cfpp.main --config=configs/stage3.py --workdir=runs/stage3 \
+        --config.init_from.student=runs/stage2 --config.init_from.real=runs/stage1
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    options = common.parse(arg)
+    config = common.base("dmd", options)
+    config.steps = 70
+    config.optimizer = common.optimizer("adamw", 2e-4)
+    config.critic_optimizer = common.optimizer("adamw", 5e-4)
+    config.optimizer.b1 = config.critic_optimizer.b1 = 0.0
+    config.critic_steps = 3  # critic steps a student step
+    config.given = 1  # real frames that a self-rollout starts from
+    config.positions = (1000.0, 500.0)  # the student's schedule, on the unshifted 1000-grid
+    config.first_positions = ()  # of the first generated chunk, where it differs
+    config.shift = 4.0
+    config.score_shift = 4.0  # of the noise level at which the scores are compared
+    config.score_sigma = (0.02, 0.98)  # its range
+    config.sigma_floor = 0.3  # of the critic's loss
+    config.real_score = "causal"  # or 'bidirectional'
+    config.history_gradient = "none"  # or 'straight_through'
+    config.init_from.student = "runs/stage2"
+    config.init_from.real = "runs/stage1"
+    return config
