@@ -41,12 +41,12 @@ class Mp4Writer:
     unsafe once JAX has started its threads, and it does not report that the encoder failed.)
 
     Args:
-        path: the file to write; an existing one is replaced.
-        frames_per_second: playing speed.
-        scale: every pixel becomes a square of `scale x scale` pixels.
+      path: the file to write; an existing one is replaced.
+      frames_per_second: playing speed.
+      scale: every pixel becomes a square of `scale x scale` pixels.
 
     Raises:
-        UserError: the file cannot be written, or the encoder fails (say, on a full disk).
+      UserError: the file cannot be written, or the encoder fails (say, on a full disk).
     """
 
     def __init__(self, path: str | pathlib.Path, frames_per_second: float = 8, scale: int = 1):
@@ -131,10 +131,10 @@ def read_image(path: str | pathlib.Path, height: int, width: int) -> np.ndarray:
     """Reads a picture of a given size, as RGB.
 
     Returns:
-        uint8 `[height, width, 3]`.
+      uint8 `[height, width, 3]`.
 
     Raises:
-        UserError: no such file, not a picture, or a picture of another size.
+      UserError: no such file, not a picture, or a picture of another size.
     """
     try:
         with Image.open(path) as image:
@@ -165,12 +165,12 @@ def tile(videos: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
     """Lays several videos out on a grid, row by row.
 
     Args:
-        videos: uint8 `[N, T, H, W, 3]`.
-        columns: videos in a row; the last row may be left with black places.
-        gap: black pixels between neighbours.
+      videos: uint8 `[N, T, H, W, 3]`.
+      columns: videos in a row; the last row may be left with black places.
+      gap: black pixels between neighbours.
 
     Returns:
-        uint8 `[T, rows * (H + gap) - gap, columns * (W + gap) - gap, 3]`.
+      uint8 `[T, rows * (H + gap) - gap, columns * (W + gap) - gap, 3]`.
     """
     count, frames, height, width, _ = videos.shape
     columns = min(columns, count)
@@ -186,9 +186,9 @@ class Strip(NamedTuple):
     """One row of a film-strip sheet.
 
     Attributes:
-        title: what the row shows.
-        note: a smaller second line.
-        video: uint8 `[T, H, W, 3]`.
+      title: what the row shows.
+      note: a smaller second line.
+      video: uint8 `[T, H, W, 3]`.
     """
 
     title: str
@@ -206,14 +206,14 @@ def film_strips(
     """Draws videos under one another, each as a row of frames, with labels.
 
     Args:
-        strips: the rows; every video has the same frame size, and at most `len(columns)` frames.
-        columns: what stands over each frame; a line break starts a second, smaller line.
-        scale: size of a video pixel in the picture.
-        corner: what stands over the row titles; line breaks as in `columns`.
-        given: so many frames at the left were given, not generated: a gap sets them apart.
+      strips: the rows; every video has the same frame size, and at most `len(columns)` frames.
+      columns: what stands over each frame; a line break starts a second, smaller line.
+      scale: size of a video pixel in the picture.
+      corner: what stands over the row titles; line breaks as in `columns`.
+      given: so many frames at the left were given, not generated: a gap sets them apart.
 
     Returns:
-        uint8 `[height, width, 3]`: the picture, on white.
+      uint8 `[height, width, 3]`: the picture, on white.
     """
     _, height, width, _ = strips[0].video.shape
     cell_height, cell_width = height * scale, width * scale

@@ -1,0 +1,1 @@
+"""Metrics and the report: how good a model is, told from held-out episodes."""
