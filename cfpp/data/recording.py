@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import tensorflow_datasets as tfds
 import tqdm
 
 SPLITS = ("train", "test")
+EPISODES_PER_FILE = 128  # as many are held in memory while recording
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -40,7 +42,7 @@ def tensor(shape: tuple[int, ...], dtype: type) -> tfds.features.Tensor:
     return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
 
 
-class EpisodeBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     """A dataset of episodes of one length; a subclass says what an episode is and plays it."""
 
     @abc.abstractmethod
@@ -59,14 +61,21 @@ class EpisodeBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             disable_shuffling=True,  # record i is episode i
         )
 
-    def _split_generators(self, dl_manager):
+    def _shard_iterators_per_split(self, dl_manager):
         del dl_manager  # nothing is downloaded
-        return {split: self._generate_examples(split) for split in SPLITS}
+        files = {}
+        for split, count in self.builder_config.split_sizes().items():
+            take = functools.partial(itertools.islice, self._recorded(split, count))
+            full_files = (count - 1) // EPISODES_PER_FILE
+            # The last one takes the rest, and so ends the progress bar.
+            files[split] = [functools.partial(take, EPISODES_PER_FILE)] * full_files
+            files[split].append(functools.partial(take, None))
+        return files
 
-    def _generate_examples(self, split):
-        count = self.builder_config.split_sizes()[split]
-        episodes = itertools.islice(self.play(split), count)
+    def _recorded(self, split, count):
+        """Plays the numbered episodes of a split, with a progress bar."""
         description = f"recording {self.name}/{self.builder_config.name} {split}"
+        episodes = itertools.islice(self.play(split), count)
         yield from enumerate(
             tqdm.tqdm(episodes, description, count, unit=" episodes", mininterval=0.5)
         )

@@ -8,7 +8,7 @@ import contextlib
 import difflib
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -53,7 +53,7 @@ class Episodes:
         if missing:
             raise UserError(
                 f"{directory} has no feature '{missing.pop()}'; "
-                f"it has {', '.join(builder.info.features)}"
+                f"it has {', '.join(sorted(builder.info.features))}"
             )
         self._files = builder.info.splits[split].file_instructions
         try:
@@ -92,10 +92,11 @@ class Episodes:
     def _check(self, index: int, video: np.ndarray, actions: np.ndarray) -> None:
         where = f"episode {index} of {self.directory}"
         if video.dtype != np.uint8 or video.shape[1:] != self._picture or not len(video):
+            height, width, channels = self._picture
             raise UserError(
                 f"{where}: '{self._video}' is {video.dtype} {list(video.shape)}, but the "
-                f"configuration asks for uint8 {['T', *self._picture]}".replace("'T'", "T")
-                + "; set data.height and data.width, or prepare the dataset at that size"
+                f"configuration asks for uint8 [T, {height}, {width}, {channels}]; "
+                "set data.height and data.width, or prepare the dataset at that size"
             )
         if actions.shape != video.shape[:1] or not np.issubdtype(actions.dtype, np.integer):
             raise UserError(
@@ -104,8 +105,8 @@ class Episodes:
             )
         if actions.min() < 0 or actions.max() >= self._num_actions:
             raise UserError(
-                f"{where}: actions from {actions.min()} to {actions.max()}, but the configuration "
-                f"has data.num_actions = {self._num_actions}"
+                f"{where}: actions are {actions.min()} to {actions.max()}, but data.num_actions is "
+                f"{self._num_actions}; they should be 0 to {self._num_actions - 1}"
             )
 
     def _file(self, index: int) -> str:
@@ -281,27 +282,38 @@ def _find_dataset(data_config: ml_collections.ConfigDict) -> Path:
     """The folder of a prepared dataset `tfds:<name>`, `<name>/<config>` or with `:<version>`."""
     root, name = _root(data_config), data_config.name.removeprefix("tfds:")
     try:
-        return Path(tfds.core.read_only_builder.builder_from_files(name, data_dir=root).data_dir)
-    except (*_UNREADABLE, tfds.core.DatasetNotFoundError) as error:
+        with _readable(f"dataset '{name}' in {root}"):
+            builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=root)
+    except tfds.core.DatasetNotFoundError as error:
         present = sorted(
             str(info.parent.parent.relative_to(root)) for info in root.glob("*/**/features.json")
         )
         suggestion = _suggest(name, present) or f"; it holds {', '.join(present) or 'none'}"
         raise UserError(f"no dataset '{name}' prepared in {root}{suggestion}") from error
+    return Path(builder.data_dir)
 
 
 def _open_dataset(directory: Path) -> tfds.core.DatasetBuilder:
-    try:
+    with _readable(f"dataset in {directory}"):
         return tfds.builder_from_directory(directory)
-    except _UNREADABLE as error:
+
+
+@contextlib.contextmanager
+def _readable(dataset: str) -> Iterator[None]:
+    """Turns what TFDS raises for metadata that it cannot read into a UserError."""
+    try:
+        yield
+    except tfds.core.DatasetNotFoundError:
+        raise
+    except (OSError, ValueError, json_format.Error) as error:
         raise UserError(
-            f"cannot read the dataset in {directory}: {_one_line(error)}; "
-            "delete it and prepare it again"
+            f"cannot read the {dataset}: {_one_line(error)}; delete it and prepare it again"
         ) from error
-
-
-# What TFDS raises for missing, truncated or foreign metadata files.
-_UNREADABLE = (OSError, ValueError, json_format.Error)
+    except ImportError as error:
+        raise UserError(
+            f"cannot read the {dataset}: {_one_line(error)}; install the package, or prepare the "
+            "dataset with Tensor features, which need none"
+        ) from error
 
 
 def _suggest(name: str, names: Sequence[str]) -> str:

@@ -1,0 +1,124 @@
+"""The input pipeline: shuffled random windows of episodes, in batches, by Grain.
+
+Everything is a pure function of (seed, position): the order of the episodes, the windows and so
+every batch. The global batch is the same for any number of processes; each takes every
+`process_count`-th of its elements. An iterator's state is its position.
+"""
+
+import functools
+
+import grain
+import ml_collections
+import numpy as np
+from absl import flags
+
+from cfpp.data import sources
+from cfpp.errors import UserError
+
+PREFETCHED_BATCHES = 4  # in each process
+
+
+def train_batches(
+    data_config: ml_collections.ConfigDict,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Batches without end for one process.
+
+    Args:
+      data_config: the data part of the configuration; the dataset must be prepared.
+      batch_size: of the whole batch, over all processes.
+      seed: of the order and the windows.
+      process_index: of this process.
+      process_count: number of processes.
+
+    Returns:
+      An iterator of {'video': uint8 [B, F, H, W, 3], 'actions': int32 [B, F]}, with B = batch_size
+      / process_count and F = data_config.frames. After `set_state(s)`, with s from `get_state()`,
+      the very next batch comes, with any number of workers.
+
+    Raises:
+      UserError: if the dataset cannot be read; while iterating, if a record cannot.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch_size is {batch_size}; give a positive multiple of the number of processes, "
+            f"{process_count}"
+        )
+    dataset = (
+        grain.MapDataset.source(sources.open_split(data_config, "train"))
+        .seed(seed % 2**32)
+        .shuffle()
+        .repeat()
+        .random_map(functools.partial(_window, data_config=data_config))
+        .slice(slice(process_index, None, process_count))
+        .batch(batch_size // process_count)
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BATCHES))
+    )
+    if data_config.workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads its own flags, also where absl is not run
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(data_config.workers, per_worker_buffer_size=1)
+        )
+    return iter(dataset)
+
+
+def test_clips(data_config: ml_collections.ConfigDict, count: int, frames: int) -> dict:
+    """The first clips of the test split, always the same.
+
+    They start at the beginning of each test episode; if there are fewer episodes than clips, the
+    next ones start where those ended.
+
+    Args:
+      data_config: the data part of the configuration; the dataset must be prepared.
+      count: number of clips.
+      frames: length of each.
+
+    Returns:
+      {'video': uint8 [count, frames, H, W, 3], 'actions': int32 [count, frames]} and, where the
+      world has them, 'states' with the same leading axes.
+
+    Raises:
+      UserError: if there are not that many.
+    """
+    if count < 1 or frames < 1:
+        raise UserError(f"{count} test clips of {frames} frames asked for; ask for at least 1 of 1")
+    episodes = sources.open_split(data_config, "test")
+    clips, start, found = [], 0, True
+    while found and len(clips) < count:
+        found = False
+        for index in range(len(episodes)):
+            episode = episodes[index]
+            if len(clips) < count and len(episode["video"]) >= start + frames:
+                clips.append(_cut(episode, start, frames))
+                found = True
+        start += frames
+    if not found:
+        raise UserError(
+            f"the test split of {data_config.name} has {len(clips)} clips of {frames} frames, but "
+            f"{count} are asked for; ask for fewer or shorter ones"
+        )
+    return _stack(clips)
+
+
+def _window(
+    episode: dict, rng: np.random.Generator, data_config: ml_collections.ConfigDict
+) -> dict:
+    sources.check_length(data_config, episode, "a train episode")
+    start = rng.integers(len(episode["video"]) - data_config.frames + 1)
+    return _cut({key: episode[key] for key in ("video", "actions")}, start, data_config.frames)
+
+
+def _cut(episode, start: int, frames: int):
+    if isinstance(episode, dict):
+        return {key: _cut(value, start, frames) for key, value in episode.items()}
+    return episode[start : start + frames]
+
+
+def _stack(clips: list):
+    if isinstance(clips[0], dict):
+        return {key: _stack([clip[key] for clip in clips]) for key in clips[0]}
+    return np.stack(clips)

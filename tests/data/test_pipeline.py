@@ -1,0 +1,151 @@
+"""The input pipeline: what is in its batches, in which order, and after a restart."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from cfpp.data import arena, pipeline, sources
+from cfpp.errors import UserError
+
+
+def take(iterator, count: int) -> list[dict]:
+    return [{k: np.array(v) for k, v in b.items()} for b in itertools.islice(iterator, count)]
+
+
+def assert_same(first: list[dict], second: list[dict]) -> None:
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+
+
+def changed(config, **fields):
+    copy = config.copy_and_resolve_references()
+    copy.update(fields)
+    return copy
+
+
+def place(window: dict, episodes: list[dict]) -> tuple[int, int]:
+    """Episode and first frame of a window; fails unless it is found exactly once."""
+    found = [
+        (number, start)
+        for number, episode in enumerate(episodes)
+        for start in range(16 - 8 + 1)
+        if (episode["video"][start : start + 8] == window["video"]).all()
+        and (episode["actions"][start : start + 8] == window["actions"]).all()
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def episodes(arena_config):
+    source = sources.open_split(arena_config, "train")
+    return [source[i] for i in range(len(source))]
+
+
+def test_batches_have_the_stated_shapes(arena_config):
+    batch = next(pipeline.train_batches(arena_config, 4, seed=0))
+    assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
+        "video": ((4, 8, 32, 32, 3), np.uint8),
+        "actions": ((4, 8), np.int32),
+    }
+
+
+def test_an_epoch_has_one_window_of_each_episode_and_windows_start_anywhere(arena_config, episodes):
+    batches = take(pipeline.train_batches(arena_config, 12, seed=0), 12)
+    orders, starts = [], set()
+    for batch in batches:
+        places = [
+            place({key: value[i] for key, value in batch.items()}, episodes) for i in range(12)
+        ]
+        assert sorted(number for number, _ in places) == list(range(12))
+        orders.append([number for number, _ in places])
+        starts |= {start for _, start in places}
+    assert orders[0] != orders[1]
+    assert starts == set(range(9))  # missed by chance with probability 9 (8/9)^144 < 1e-6
+
+
+def test_the_seed_decides_everything(arena_config):
+    first = take(pipeline.train_batches(arena_config, 4, seed=1), 3)
+    assert_same(first, take(pipeline.train_batches(arena_config, 4, seed=1), 3))
+    other = take(pipeline.train_batches(arena_config, 4, seed=2), 3)
+    assert any((a["video"] != b["video"]).any() for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_out_the_batches_of_one(arena_config, processes):
+    whole = take(pipeline.train_batches(arena_config, 6, seed=0), 5)
+    parts = [
+        take(pipeline.train_batches(arena_config, 6, 0, index, processes), 5)
+        for index in range(processes)
+    ]
+    for index, part in enumerate(parts):
+        expected = [{k: v[index::processes] for k, v in batch.items()} for batch in whole]
+        assert_same(part, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_restored_iterator_goes_on_with_the_very_next_batch(arena_config, workers):
+    config = changed(arena_config, workers=workers)
+    iterator = pipeline.train_batches(config, 4, seed=0)
+    before = take(iterator, 5)
+    state = json.loads(json.dumps(iterator.get_state()))
+    after = take(iterator, 4)
+    iterator.close()
+    assert_same(before + after, take(pipeline.train_batches(arena_config, 4, seed=0), 9))
+
+    restored = pipeline.train_batches(config, 4, seed=0)
+    restored.set_state(state)
+    assert_same(take(restored, 4), after)
+    restored.close()
+
+
+def test_windows_as_long_as_the_episodes_are_the_episodes(arena_config, episodes):
+    batch = next(pipeline.train_batches(changed(arena_config, frames=16), 12, seed=0))
+    found = {video.tobytes() for video in batch["video"]}
+    assert found == {episode["video"].tobytes() for episode in episodes}
+
+
+def test_too_long_a_window_is_refused(arena_config):
+    config = changed(arena_config, frames=17)
+    with pytest.raises(UserError, match=r"has 16 frames, but data.frames is 17"):
+        sources.prepare(config)
+    with pytest.raises(UserError, match=r"has 16 frames, but data.frames is 17"):
+        next(pipeline.train_batches(config, 4, seed=0))
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(0, 1), (5, 2)])
+def test_a_batch_that_cannot_be_shared_out_is_refused(arena_config, batch_size, processes):
+    with pytest.raises(UserError, match=f"batch_size is {batch_size}"):
+        pipeline.train_batches(arena_config, batch_size, 0, 0, processes)
+
+
+# --- test clips
+
+
+def test_test_clips_are_the_starts_of_the_test_episodes(arena_config):
+    clips = pipeline.test_clips(arena_config, 10, 5)
+    source = sources.open_split(arena_config, "test")
+    for i in range(10):
+        np.testing.assert_array_equal(clips["video"][i], source[i]["video"][:5])
+        np.testing.assert_array_equal(clips["actions"][i], source[i]["actions"][:5])
+    states = clips["states"]
+    np.testing.assert_array_equal(arena.render(states["agent"], states["balls"]), clips["video"])
+
+
+def test_more_clips_than_episodes_go_on_in_the_episodes(arena_config):
+    clips = pipeline.test_clips(arena_config, 3 * 64, 5)
+    source = sources.open_split(arena_config, "test")
+    np.testing.assert_array_equal(clips["video"][64 + 7], source[7]["video"][5:10])
+    np.testing.assert_array_equal(clips["actions"][2 * 64 + 9], source[9]["actions"][10:15])
+    with pytest.raises(UserError, match="has 192 clips of 5 frames, but 193"):
+        pipeline.test_clips(arena_config, 3 * 64 + 1, 5)
+
+
+@pytest.mark.parametrize(("count", "frames"), [(0, 5), (5, 0), (1, 17)])
+def test_clips_that_cannot_be_had_are_refused(arena_config, count, frames):
+    with pytest.raises(UserError, match=f"{frames} frames"):
+        pipeline.test_clips(arena_config, count, frames)
