@@ -2,7 +2,7 @@
 
 Everything is a pure function of (seed, position): the order of the episodes, the windows and so
 every batch. The global batch is the same for any number of processes; each takes every
-`process_count`-th of its elements. An iterator's state is its position.
+`process_count`-th of its elements. An iterator's state is its position, a number.
 """
 
 import functools
@@ -37,7 +37,7 @@ def train_batches(
     Returns:
       An iterator of {'video': uint8 [B, F, H, W, 3], 'actions': int32 [B, F]}, with B = batch_size
       / process_count and F = data_config.frames. After `set_state(s)`, with s from `get_state()`,
-      the very next batch comes, with any number of workers.
+      the very next batch comes, whatever the number of workers then and now.
 
     Raises:
       UserError: if the dataset cannot be read; while iterating, if a record cannot.
@@ -47,7 +47,7 @@ def train_batches(
             f"batch_size is {batch_size}; give a positive multiple of the number of processes, "
             f"{process_count}"
         )
-    dataset = (
+    batches = (
         grain.MapDataset.source(sources.open_split(data_config, "train"))
         .seed(seed % 2**32)
         .shuffle()
@@ -55,15 +55,54 @@ def train_batches(
         .random_map(functools.partial(_window, data_config=data_config))
         .slice(slice(process_index, None, process_count))
         .batch(batch_size // process_count)
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BATCHES))
     )
-    if data_config.workers:
+    return _BatchIterator(batches, data_config.workers)
+
+
+class _BatchIterator(grain.DatasetIterator):
+    """Reads batches ahead, in this process or in workers.
+
+    Grain's own iterator over workers keeps a state for each of them, so that it could not go on
+    with another number of workers. This one starts Grain's at its own position instead.
+    """
+
+    def __init__(self, batches: grain.MapDataset, workers: int):
+        super().__init__()
+        self._batches, self._workers = batches, workers
+        self._position = 0
+        self._reader = None  # Grain's iterator, made when the first batch is asked for
+
+    def __next__(self) -> dict:
+        if self._reader is None:
+            self._reader = iter(self._read_ahead(self._batches[self._position :]))
+        batch = next(self._reader)
+        self._position += 1
+        return batch
+
+    def _read_ahead(self, batches: grain.MapDataset) -> grain.IterDataset:
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BATCHES)
+        dataset = batches.to_iter_dataset(options)
+        if not self._workers:
+            return dataset
         if not flags.FLAGS.is_parsed():  # Grain reads its own flags, also where absl is not run
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(data_config.workers, per_worker_buffer_size=1)
-        )
-    return iter(dataset)
+        return dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers))
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_index": self._position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self._stop()
+        self._position = state["next_index"]
+
+    def close(self) -> None:
+        self._stop()
+        super().close()
+
+    def _stop(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
 
 def test_clips(data_config: ml_collections.ConfigDict, count: int, frames: int) -> dict:
