@@ -299,12 +299,12 @@ def read(video: np.ndarray) -> Reading:
     picture and is not intact. It is intact if all of these hold, bounds in brackets:
 
     - mass: its channel's whole brightness is that of one object (within MASS_TOLERANCE: a doubled
-      ball has 2, a faded one 1/2, a blur of 0.6 pixels or a noise of 8 of 255 changes it by < 0.1)
+      ball has 2, a faded one 1/2; a blur of 0.6 pixels with a noise of 8 of 255 keeps 0.89..1.02)
     - share of the mass within the window (SHARE_LEAST): no second thing elsewhere
     - core: mean brightness of the middle 3 x 3 pixels (CORE_LEAST: faded is 0.5, smeared to twice
       its size 0.25)
-    - spread, relative to the true one (SPREAD_MOST: a blur of 0.6 pixels gives 1.2, twice the size
-      gives 4, two balls of half a mass side by side 2)
+    - spread, relative to the true one (SPREAD_MOST: the same blur and noise give up to 1.15, twice
+      the size gives 4)
     - elongation, (a - b)/(a + b) of the principal variances a >= b (ELONGATION_MOST: axes 1.36:1)
 
     Args:
