@@ -1,0 +1,1 @@
+"""Training: the loop, its checkpoints, its metrics and its working directory."""

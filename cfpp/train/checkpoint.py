@@ -1,0 +1,389 @@
+"""Checkpoints of a run (state and data iterator), and models read from them.
+
+`workdir/checkpoints/<step>/` is written by Orbax in the background and appears, complete, under
+that name at once. It holds the items
+
+    model        the averaged parameters, `state.ema`: all that later stages and rollout need
+    state        everything else in the state
+    data         the position of the input pipeline
+    fingerprint  sums over the bits of `model` and `state`, to tell damage when reading
+
+An export is a folder with the same `model` and `fingerprint` and the `config.json`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import ml_collections
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from cfpp.errors import UserError
+from cfpp.train import shapes
+from cfpp.train import workdir as workdirs
+
+Tree = Any
+MODEL, STATE, DATA, FINGERPRINT = "model", "state", "data", "fingerprint"
+
+
+class DamageError(Exception):
+    """A checkpoint that cannot be read, or not as it was written."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: saved in the background, the newest intact one restored.
+
+    Attributes:
+      directory: the folder that holds one folder a step.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep: int):
+        """Opens `workdir/checkpoints`, which is made if missing.
+
+        Args:
+          workdir: the working directory.
+          keep: the newest so many checkpoints are kept.
+        """
+        self.directory = epath.Path(workdir) / "checkpoints"
+        for path in _unfinished(self.directory):
+            logging.warning("removing %s: its writing was interrupted", path)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            item_handlers={
+                MODEL: ocp.StandardCheckpointHandler(),
+                STATE: ocp.StandardCheckpointHandler(),
+                DATA: grain.checkpoint.CheckpointHandler(),
+                FINGERPRINT: ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def restore(self, template: Tree, data: grain.DatasetIterator) -> Tree | None:
+        """Restores the newest intact checkpoint; damaged newer ones are put aside, saying so.
+
+        Args:
+          template: the state as `jax.ShapeDtypeStruct`s with shardings.
+          data: the input pipeline, which is set to where it was.
+
+        Returns:
+          The state, or None if there is no checkpoint.
+
+        Raises:
+          UserError: the checkpoint is of another model, or none is intact.
+        """
+        restore = functools.partial(self._restore, template=template, data=data)
+        found = _newest_intact(self.directory, restore)
+        if found is None:
+            return None
+        newest, state = found
+        for step in steps(self.directory):
+            if step > newest:
+                _put_aside(self.directory / str(step))
+        self._manager.reload()
+        return state
+
+    def save(self, step: int, state: Tree, fingerprint: dict[str, int], data) -> None:
+        """Starts to save; returns once nothing depends on `state`'s buffers any more.
+
+        Args:
+          step: optimizer steps taken.
+          state: with fields `ema` and others.
+          fingerprint: of it, see `inspect`.
+          data: the input pipeline.
+
+        Raises:
+          UserError: the disk does not take this checkpoint, or did not take the one before.
+        """
+        with _saving(self.directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave(state.ema),
+                    state=ocp.args.StandardSave(_without_ema(state)),
+                    data=grain.checkpoint.CheckpointSave(data),
+                    fingerprint=ocp.args.JsonSave(fingerprint),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Waits until everything is on the disk.
+
+        Raises:
+          UserError: the disk did not take it.
+        """
+        with _saving(self.directory):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the background threads; an error of theirs was or is told by `wait`."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            logging.info("closing %s: %s", self.directory, error)
+
+    def _restore(self, path: epath.Path, template: Tree, data: grain.DatasetIterator) -> Tree:
+        with _damage():
+            stored = {name: _shapes(path / name) for name in (MODEL, STATE)}
+        wanted = {MODEL: template.ema, STATE: _without_ema(template)}
+        for name in (MODEL, STATE):
+            shapes.check(wanted[name], stored[name], f"checkpoint {path}")
+        with _damage():
+            restored = self._manager.restore(
+                int(path.name),
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardRestore(wanted[MODEL]),
+                    state=ocp.args.StandardRestore(wanted[STATE]),
+                    data=grain.checkpoint.CheckpointRestore(data),
+                    fingerprint=ocp.args.JsonRestore(),
+                ),
+            )
+            state = template.replace(ema=restored[MODEL], **restored[STATE])
+            _check_fingerprint(inspect(state)[1], restored[FINGERPRINT])
+        return state
+
+
+def inspect(state: Tree) -> tuple[bool, dict[str, int]]:
+    """Looks a state through before it is saved, or after it was read.
+
+    Returns:
+      Whether all its numbers are finite, and its fingerprint: for `model` and `state` the sum of
+      all bits, taken as unsigned integers, modulo 2**32, whatever the sharding.
+    """
+    finite, fingerprint = jax.device_get(_inspect({MODEL: state.ema, STATE: _without_ema(state)}))
+    return bool(finite), {name: int(value) for name, value in fingerprint.items()}
+
+
+@jax.jit
+def _inspect(items: dict[str, Tree]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    floats = [x for x in jax.tree.leaves(items) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats]))
+    return finite, {name: _sum_of_bits(item) for name, item in items.items()}
+
+
+@jax.jit
+def _sum_of_bits(tree: Tree) -> jax.Array:
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        if leaf.dtype != jnp.bool_:
+            leaf = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+        total += jnp.sum(leaf, dtype=jnp.uint32)
+    return total
+
+
+def _check_fingerprint(found: dict[str, int], wanted: dict[str, int]) -> None:
+    for name, value in found.items():
+        if value != wanted[name]:
+            raise DamageError(f"the bits of {name} have changed")
+
+
+def steps(directory: epath.PathLike) -> list[int]:
+    """The steps of the checkpoints in a folder, oldest first."""
+    directory = epath.Path(directory)
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
+def is_finished(workdir: epath.PathLike, last_step: int) -> bool:
+    """Whether the checkpoint of a run's last step is there and its model intact."""
+    path = epath.Path(workdir) / "checkpoints" / str(last_step)
+    if not path.exists():
+        return False
+    try:
+        _read_model(path)
+    except DamageError:
+        return False
+    return True
+
+
+def load_model(path: epath.PathLike) -> tuple[ml_collections.ConfigDict, Tree]:
+    """Loads the averaged parameters of a finished or running stage.
+
+    Args:
+      path: a stage's working directory, an export, or the working directory of a job of several
+        stages (the last of them is taken).
+
+    Returns:
+      The stage's configuration, and the parameters on the default device.
+
+    Raises:
+      UserError: nothing is there, or it is damaged.
+    """
+    folder, config = find_model(path)
+    if (folder / MODEL).exists():
+        try:
+            return config, _read_model(folder)
+        except DamageError as error:
+            raise UserError(f"{folder} is damaged ({error}); export it again") from error
+    _, params = _newest_intact(folder / "checkpoints", _read_model)
+    return config, params
+
+
+def find_model(path: epath.PathLike) -> tuple[epath.Path, ml_collections.ConfigDict]:
+    """The folder of the stage or export that `path` means, and its configuration.
+
+    Raises:
+      UserError: there is no model.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a working directory or an exported model")
+    if not (path / "config.json").exists():
+        raise UserError(f"{path} has no config.json: it is no working directory and no export")
+    config = workdirs.read_config(path)
+    if "jobs" in config:
+        return find_model(path / config.jobs[-1])
+    if not (path / MODEL).exists() and not steps(path / "checkpoints"):
+        raise UserError(f"{path} has no checkpoint yet; train it first")
+    return path, config
+
+
+def model_shapes(path: epath.PathLike) -> Tree:
+    """What `load_model` would load, as `jax.ShapeDtypeStruct`s."""
+    folder, _ = find_model(path)
+    if (folder / MODEL).exists():
+        with _damage():
+            return _shapes(folder / MODEL)
+
+    def read(path):
+        with _damage():
+            return _shapes(path / MODEL)
+
+    return _newest_intact(folder / "checkpoints", read)[1]
+
+
+def export(path: epath.PathLike, out: epath.PathLike) -> None:
+    """Writes the model of `path` and its configuration to the new folder `out`.
+
+    Raises:
+      UserError: `out` exists, cannot be written, or there is no model.
+    """
+    out = epath.Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists and is not overwritten; choose another --out")
+    config, params = load_model(path)
+    temporary = out.with_name(out.name + ".tmp")
+    with _saving(out), ocp.Checkpointer(_export_handler()) as checkpointer:
+        checkpointer.save(
+            temporary.absolute(),
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(params),
+                fingerprint=ocp.args.JsonSave({MODEL: int(_sum_of_bits(params))}),
+            ),
+            force=True,
+        )
+        workdirs.write_config(config, temporary)
+        temporary.rename(out)
+
+
+def _export_handler() -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(
+        model=ocp.StandardCheckpointHandler(), fingerprint=ocp.JsonCheckpointHandler()
+    )
+
+
+def _shapes(item: epath.Path) -> Tree:
+    """The stored tree with `jax.ShapeDtypeStruct`s for arrays."""
+    metadata = ocp.StandardCheckpointHandler().metadata(item)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), metadata.tree)
+
+
+def _read_model(folder: epath.Path) -> Tree:
+    """The item `model` of a checkpoint or export, on the default device."""
+    with _damage():
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        template = jax.tree.map(lambda x: x.update(sharding=device), _shapes(folder / MODEL))
+        with ocp.Checkpointer(_export_handler()) as checkpointer:
+            restored = checkpointer.restore(
+                folder.absolute(),
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardRestore(template), fingerprint=ocp.args.JsonRestore()
+                ),
+            )
+        found = {MODEL: int(_sum_of_bits(restored[MODEL]))}
+        _check_fingerprint(found, restored[FINGERPRINT])
+    return restored[MODEL]
+
+
+def _newest_intact(
+    directory: epath.Path, read: Callable[[epath.Path], Tree]
+) -> tuple[int, Tree] | None:
+    """The newest checkpoint that can be read, and what was read; None if there is none at all.
+
+    Raises:
+      UserError: there are checkpoints, but none can be read.
+    """
+    first_damage = None
+    for step in reversed(steps(directory)):
+        path = directory / str(step)
+        try:
+            return step, read(path)
+        except DamageError as error:
+            first_damage = first_damage or error
+            logging.warning("passing over checkpoint %s: damaged (%s)", path, error)
+    if first_damage is None:
+        return None
+    raise UserError(
+        f"no checkpoint in {directory} can be read ({first_damage}); "
+        "move this folder away to start anew"
+    )
+
+
+def _put_aside(path: epath.Path) -> None:
+    """Renames a damaged checkpoint, so that its step can be saved again and nothing is lost."""
+    for number in range(1, 1000):
+        aside = path.parent / f"damaged_{path.name}_{number}"
+        if not aside.exists():
+            path.rename(aside)
+            logging.warning("renamed the damaged checkpoint to %s", aside)
+            return
+
+
+def _unfinished(directory: epath.Path) -> Iterator[epath.Path]:
+    if directory.is_dir():
+        yield from (path for path in directory.iterdir() if ".orbax-checkpoint-tmp" in path.name)
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Turns whatever goes wrong in reading into a `DamageError` of one line."""
+    try:
+        yield
+    except DamageError:
+        raise
+    except Exception as error:
+        raise DamageError(_first_line(error)) from error
+
+
+@contextlib.contextmanager
+def _saving(directory: epath.Path) -> Iterator[None]:
+    """Turns a disk's refusal, however Orbax wraps it, into a `UserError`."""
+    try:
+        yield
+    except Exception as error:
+        reason = workdirs.refusal(error)
+        if reason is None:
+            raise
+        kept = steps(directory)
+        last = f"; the last complete one is of step {kept[-1]}" if kept else ""
+        raise UserError(
+            f"cannot save a checkpoint in {directory}: {reason}{last}; mend that, then run the "
+            "same command again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) < 160 else line[:157] + "..."
+
+
+def _without_ema(state: Tree) -> dict[str, Tree]:
+    names = [field.name for field in dataclasses.fields(state) if field.name != "ema"]
+    return {name: getattr(state, name) for name in names}

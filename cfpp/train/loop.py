@@ -1,0 +1,257 @@
+"""The training loop: data, stage, state, then steps until the last one. It knows no losses."""
+
+import collections
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cfpp import stages
+from cfpp.data import pipeline, sources
+from cfpp.errors import UserError
+from cfpp.train import checkpoint, metrics
+from cfpp.train import workdir as workdirs
+from cfpp.train.samples import samples
+
+STEPS_IN_FLIGHT = 2  # dispatched and not finished: enough to keep the device busy
+INIT = 2**32 - 1  # folded into the run's key for the first state; no step has this number
+
+
+def train(
+    config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: bool = False
+) -> bool:
+    """Trains a stage, from its last checkpoint if there is one.
+
+    Batches and randomness are functions of (config, step): a run that was interrupted anywhere and
+    started again ends with the same bits.
+
+    Args:
+      config: of the stage.
+      workdir: its working directory.
+      profile: write a profile of some early steps to TensorBoard.
+
+    Returns:
+      True when all steps are done; False when SIGTERM ended it early, after saving.
+
+    Raises:
+      UserError: a fault in the configuration, a parent, the data, a checkpoint or the disk; or a
+        loss that is not finite.
+    """
+    validate(config)
+    workdir = epath.Path(workdir)
+    workdirs.claim(config, workdir)
+    if checkpoint.is_finished(workdir, config.steps):
+        print(f"{config.stage}: finished, all {config.steps} steps are in {workdir}", flush=True)
+        return True
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(workdirs.disk_faults(workdir, "mend that, then start again"))
+        sources.prepare(config.data)
+        data = pipeline.train_batches(
+            config.data, config.batch_size, config.seed, jax.process_index(), jax.process_count()
+        )
+
+        stage = build_stage(config)
+        state_sharding, batch_sharding = shardings(config.batch_size)
+        key = jax.random.key(config.seed)
+        init = jax.jit(
+            lambda parents: nn.meta.unbox(stage.init(jax.random.fold_in(key, INIT), parents)),
+            out_shardings=state_sharding,
+        )
+        train_step = jax.jit(
+            lambda state, batch: stage.step(state, batch, jax.random.fold_in(key, state.step)),
+            out_shardings=(state_sharding, state_sharding),
+            donate_argnums=0,
+        )
+
+        checkpoints = checkpoint.Checkpoints(workdir, config.keep)
+        stack.enter_context(contextlib.closing(checkpoints))
+        template = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=state_sharding),
+            jax.eval_shape(init, parents(config, checkpoint.model_shapes)),
+        )
+        state = checkpoints.restore(template, data)
+        if state is None:
+            state = init(parents(config, lambda path: checkpoint.load_model(path)[1]))
+        start = int(state.step)
+
+        writer = stack.enter_context(contextlib.closing(metrics.Writer(workdir, start)))
+        progress = metrics.Progress(config.stage, config.steps, start)
+        announce(state, progress, writer)
+        profiler = profiler_of_steps(workdir, start) if profile else lambda step: None
+        interrupted = stack.enter_context(termination())
+        recent = []  # metrics since the last log
+        in_flight = collections.deque()
+
+        for step in range(start + 1, config.steps + 1):  # steps done, once this one is
+            batch = jax.tree.map(
+                lambda x: jax.make_array_from_process_local_data(batch_sharding, x), next(data)
+            )
+            state, step_metrics = train_step(state, batch)
+            recent.append(step_metrics)
+            in_flight.append(step_metrics["loss"])
+            if len(in_flight) > STEPS_IN_FLIGHT:
+                in_flight.popleft().block_until_ready()
+            progress.step(step)
+            profiler(step)
+
+            is_last = step == config.steps or interrupted()
+            is_saved = is_last or step % config.save_every == 0
+            if is_saved or step % config.log_every == 0:
+                fetched = jax.device_get(recent)
+                first = next((i for i, m in enumerate(fetched) if not np.isfinite(m["loss"])), None)
+                if first is not None:
+                    raise diverged("loss", step - len(fetched) + 1 + first, checkpoints)
+            if is_last or step % config.log_every == 0:
+                means = {name: np.mean([m[name] for m in fetched]) for name in step_metrics}
+                rate = progress.log(step, means["loss"])
+                writer.write_scalars(step, means | {"steps_per_second": rate})
+                recent.clear()
+            if is_saved:
+                is_finite, fingerprint = checkpoint.inspect(state)
+                if not is_finite:
+                    raise diverged("state", step, checkpoints)
+                checkpoints.save(step, state, fingerprint, data)
+            if config.sample_every and step % config.sample_every == 0:
+                samples(config, state, step, writer, workdir)
+            if is_last:
+                break
+
+        checkpoints.wait()
+        if step < config.steps:
+            progress.say(
+                f"{config.stage}: interrupted at step {step}, saved; "
+                "run the same command to continue"
+            )
+            return False
+        progress.say(f"{config.stage}: finished {step} steps, saved in {workdir}")
+        return True
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks the numbers that the loop itself uses.
+
+    Raises:
+      UserError: names the first that is out of range.
+    """
+    least = {"steps": 1, "batch_size": 1, "log_every": 1, "save_every": 1, "sample_every": 0}
+    for name, minimum in (least | {"keep": 1}).items():
+        if config[name] < minimum:
+            raise UserError(f"config.{name} is {config[name]}; it must be at least {minimum}")
+
+
+def build_stage(config: ml_collections.ConfigDict) -> stages.Stage:
+    """The stage of a configuration, whose parents are all named.
+
+    Raises:
+      UserError: there is no such stage, a value it cannot use, or a parent too many or too few.
+    """
+    try:
+        stage = stages.build(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    known = (*stage.required, *stage.optional)
+    for role in config.init_from:
+        if role not in known:
+            raise UserError(
+                f"config.init_from.{role} is no parent of stage {config.stage}, which takes "
+                f"{', '.join(known) or 'none'}"
+            )
+    for role in stage.required:
+        if not config.init_from.get(role):
+            raise UserError(
+                f"config.init_from.{role} is not set; give the working directory or the export "
+                f"of the {role} that stage {config.stage} starts from"
+            )
+    return stage
+
+
+def parents(config: ml_collections.ConfigDict, load: Callable[[str], Any]) -> dict[str, Any]:
+    """Loads the parents of `config.init_from` by role.
+
+    Raises:
+      UserError: one of them cannot be loaded.
+    """
+    loaded = {}
+    for role, path in config.init_from.items():
+        try:
+            if path:
+                loaded[role] = load(path)
+        except UserError as error:
+            raise UserError(f"config.init_from.{role}: {error}") from error
+    return loaded
+
+
+def shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
+    """Where state and batch live: the state on every device, the batch divided among them."""
+    devices = jax.devices()
+    if batch_size % len(devices):
+        raise UserError(
+            f"config.batch_size is {batch_size}; it must be a multiple of the {len(devices)} "
+            "devices"
+        )
+    mesh = Mesh(np.array(devices), ("data",))
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+
+
+def announce(state: Any, progress: metrics.Progress, writer: metrics.Writer) -> None:
+    """Tells the size of the networks, and where the run goes on."""
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    logging.info("parameters:\n%s", overview)
+    step = int(state.step)
+    writer.write_texts(step, {"parameters": f"```\n{overview}\n```"})
+    sizes = {name: parameter_overview.count_parameters(tree) for name, tree in state.params.items()}
+    networks = ", ".join(f"{name} of {size:,} parameters" for name, size in sizes.items())
+    progress.say(
+        f"{progress.name}: {networks}" + (f"; continuing from step {step}" if step else "")
+    )
+
+
+def profiler_of_steps(workdir: epath.Path, start: int) -> Callable[[int], Any]:
+    """Records steps 10 to 15 of this start for TensorBoard's profiler."""
+    try:
+        from clu import periodic_actions  # imports TensorFlow, so only here
+    except ImportError as error:
+        raise UserError("--profile needs TensorBoard: pip install 'cfpp[tensorboard]'") from error
+    return periodic_actions.Profile(
+        logdir=workdir / "tensorboard",
+        first_profile=start + 10,
+        num_profile_steps=5,
+        profile_duration_ms=None,
+        every_secs=None,
+    )
+
+
+@contextlib.contextmanager
+def termination() -> Iterator[Callable[[], bool]]:
+    """While open, SIGTERM only sets what the yielded function returns."""
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def diverged(what: str, step: int, checkpoints: checkpoint.Checkpoints) -> UserError:
+    """The error of a run whose numbers are no longer finite."""
+    checkpoints.wait()
+    kept = checkpoint.steps(checkpoints.directory)
+    last = (
+        f"the last good checkpoint is {checkpoints.directory / str(kept[-1])}"
+        if kept
+        else ("there is no checkpoint yet")
+    )
+    return UserError(
+        f"the {what} is not finite at step {step}; {last}; lower the learning rate or the clipping "
+        "norm, in a new --workdir"
+    )

@@ -1,0 +1,130 @@
+"""The configuration that a working directory belongs to, kept in its `config.json`."""
+
+import contextlib
+import errno
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+from etils import epath
+from flax import traverse_util
+
+from cfpp.errors import UserError
+
+# Fields that may change between the starts of a run, since no step depends on them. `steps` may
+# only grow.
+OPERATIONAL = ("steps", "log_every", "save_every", "sample_every", "keep", "data.workers")
+
+FAULTS_OF_THE_DISK = {
+    errno.EACCES: "permission denied",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EEXIST: "a file is in the way",
+    errno.ENOSPC: "the disk is full",
+    errno.ENOTDIR: "not a folder",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the file system is read-only",
+}
+
+
+@contextlib.contextmanager
+def disk_faults(where: epath.PathLike, hint: str) -> Iterator[None]:
+    """Turns what a disk refuses (no space, no permission) into a `UserError`.
+
+    Args:
+      where: what was being written, unless the exception knows better.
+      hint: what the user may do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+        where = getattr(error, "filename", None) or where
+        raise UserError(f"{where}: {reason}; {hint}") from error
+
+
+def refusal(error: BaseException | None) -> str | None:
+    """What the disk refuses, according to an exception or its causes; None if it is no disk's."""
+    if error is None:
+        return None
+    if "No space left on device" in str(error):
+        return FAULTS_OF_THE_DISK[errno.ENOSPC]
+    reason = FAULTS_OF_THE_DISK.get(getattr(error, "errno", None))
+    return reason or refusal(error.__cause__ or error.__context__)
+
+
+def claim(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
+    """Makes `workdir` the working directory of `config`, or checks that it already is.
+
+    Raises:
+      UserError: the directory cannot be written, or belongs to another configuration.
+    """
+    workdir = epath.Path(workdir)
+    with disk_faults(workdir, "choose another --workdir"):
+        if (workdir / "config.json").exists():
+            _check(config, workdir)
+        elif workdir.exists() and (workdir / "checkpoints").exists():
+            raise UserError(
+                f"{workdir} has checkpoints but no config.json: restore that file, or choose "
+                "another --workdir"
+            )
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_config(config, workdir)
+
+
+def write_config(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
+    """Writes `folder/config.json`; a crash leaves either the old file or the new one."""
+    temporary = folder / "config.json.tmp"
+    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    temporary.replace(folder / "config.json")
+
+
+def read_config(folder: epath.PathLike) -> ml_collections.ConfigDict:
+    """The configuration in `folder/config.json`, locked, with tuples where it had tuples.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    return ml_collections.ConfigDict(_tuples(_read(epath.Path(folder) / "config.json"))).lock()
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged, not JSON: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _check(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Raises `UserError` at the first field by which `config` differs from that of `workdir`."""
+    old = traverse_util.flatten_dict(_read(workdir / "config.json"), sep=".")
+    new = json.loads(json.dumps(config.to_dict()))
+    new = traverse_util.flatten_dict(new, sep=".")
+    for field in sorted(old.keys() | new.keys()):
+        if field not in OPERATIONAL and old.get(field) != new.get(field):
+            raise UserError(
+                f"{workdir} was made with another configuration: {field} was "
+                f"{_show(old, field)} and is now {_show(new, field)}; "
+                "set it back, or choose another --workdir"
+            )
+    if "steps" in new and new["steps"] < old["steps"]:
+        raise UserError(
+            f"{workdir} was made for {old['steps']} steps and config.steps is now {new['steps']}; "
+            "it may only grow"
+        )
+
+
+def _show(fields: dict[str, Any], field: str) -> str:
+    return json.dumps(fields[field]) if field in fields else "absent"

@@ -1,0 +1,68 @@
+"""Kills a run again and again, at random moments, until it is through.
+
+    python -m tests.train.crash WORKDIR SEED
+
+Each start is a fork of this process, which has the modules but no device yet: seconds saved each.
+"""
+
+import os
+import pathlib
+import random
+import signal
+import sys
+import time
+
+from cfpp.train import checkpoint, loop
+from tests.train import fake
+
+DIM = 256
+CHANGES = {"steps": 25, "save_every": 1, "log_every": 1, "model": {"dim": DIM}}
+KILLS = 5
+
+
+def unfinished(workdir: pathlib.Path) -> list[pathlib.Path]:
+    return list(workdir.glob("checkpoints/*.orbax-checkpoint-tmp"))
+
+
+def newest(workdir: pathlib.Path) -> int:
+    return max(checkpoint.steps(workdir / "checkpoints"), default=0)
+
+
+def start(workdir: pathlib.Path) -> int:
+    child = os.fork()
+    if child == 0:
+        for patch in fake.patches(DIM):
+            patch.start()
+        loop.train(fake.config(**CHANGES), workdir)
+        os._exit(0)
+    return child
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "the run does not come on"
+        time.sleep(0.002)
+
+
+def main(workdir: pathlib.Path, seed: int) -> None:
+    draw = random.Random(seed)
+    reached = 0
+    for kill in range(KILLS):
+        child = start(workdir)
+        if kill:
+            reached = newest(workdir) + draw.randint(1, 3)
+            wait_until(lambda reached=reached: newest(workdir) >= reached)
+        time.sleep(draw.uniform(0, 0.3))
+        if kill % 2:
+            wait_until(lambda: unfinished(workdir))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, "it was through already"
+        print(f"killed after {newest(workdir)}, {len(unfinished(workdir))} unfinished", flush=True)
+    _, status = os.waitpid(start(workdir), 0)
+    sys.exit(os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,122 @@
+"""A stage that compiles in no time, its data, and a command that trains it.
+
+    python -m tests.train.fake WORKDIR steps=40 ...
+"""
+
+import sys
+from unittest import mock
+
+import grain
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from cfpp.errors import exit_on_user_error
+from cfpp.stages import Stage, State
+from cfpp.train import shapes
+
+
+def config(**changes) -> ml_collections.ConfigDict:
+    fields = ml_collections.ConfigDict(
+        {
+            "stage": "fake",
+            "seed": 0,
+            "steps": 12,
+            "batch_size": 4,
+            "log_every": 2,
+            "save_every": 4,
+            "sample_every": 0,
+            "keep": 2,
+            "data": {"name": "fake", "sizes": (1, 2)},
+            "model": {"dim": 8},
+            "init_from": {},
+            "bad_loss_at": -1,  # the step whose loss is not a number
+            "bad_state_at": -1,  # the step that ruins the state, though its loss is fine
+        }
+    )
+    fields.update(changes)
+    return fields.lock()
+
+
+def build(config: ml_collections.ConfigDict) -> Stage:
+    if config.stage != "fake":
+        raise ValueError(f"config.stage must be fake, got {config.stage!r}")
+    transform = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(1e-2, mask={"kernel": True, "bias": False}),
+    )
+
+    def init(rng, parents):
+        dim = config.model.dim
+        params = {"kernel": jax.random.normal(rng, (dim, dim)), "bias": jnp.zeros(dim)}
+        frozen = {}
+        if "teacher" in parents:
+            shapes.check(params, parents["teacher"], "the teacher")
+            params = parents["teacher"]
+            frozen = {"teacher": params}
+        return State(
+            step=jnp.int32(0),
+            params={"model": params},
+            optimizer={"model": transform.init(params)},
+            ema=params,
+            frozen=frozen,
+        )
+
+    def step(state, batch, rng):
+        x = batch["video"].astype(jnp.float32) / 255
+        noise = jax.random.normal(rng, x.shape)
+
+        def loss(params):
+            return jnp.mean((x @ params["kernel"] + params["bias"] - noise) ** 2)
+
+        value, gradient = jax.value_and_grad(loss)(state.params["model"])
+        updates, optimizer = transform.update(
+            gradient, state.optimizer["model"], state.params["model"]
+        )
+        params = optax.apply_updates(state.params["model"], updates)
+        done = state.step + 1
+        bad = jnp.where(done == config.bad_state_at, jnp.nan, 0.0)
+        state = state.replace(
+            step=done,
+            params={"model": jax.tree.map(lambda x: x + bad, params)},
+            optimizer={"model": optimizer},
+            ema=optax.incremental_update(params, state.ema, 0.1),
+        )
+        return state, {"loss": jnp.where(done == config.bad_loss_at, jnp.nan, value)}
+
+    return Stage(init, step, optional=("teacher",))
+
+
+def train_batches(data_config, batch_size, seed, process_index=0, process_count=1):
+    def batch(index):
+        rng = np.random.default_rng(index)
+        return {"video": rng.integers(0, 256, (batch_size, DIM[0]), np.uint8)}
+
+    dataset = grain.MapDataset.range(1000).shuffle(seed=seed).repeat().map(batch)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1)))
+
+
+DIM = [8]
+
+
+def patches(dim: int = 8):
+    """Puts the fake stage and its data in the place of the real ones."""
+    DIM[0] = dim
+    return (
+        mock.patch("cfpp.stages.build", build),
+        mock.patch("cfpp.data.sources.prepare", lambda data_config: None),
+        mock.patch("cfpp.data.pipeline.train_batches", train_batches),
+    )
+
+
+if __name__ == "__main__":
+    from cfpp.train import loop
+
+    changes = {name: int(value) for name, value in (arg.split("=") for arg in sys.argv[2:])}
+    dim = changes.pop("dim", 8)
+    for patch in patches(dim):
+        patch.start()
+    with exit_on_user_error():
+        loop.train(config(model={"dim": dim}, **changes), sys.argv[1])

@@ -1,0 +1,251 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cfpp.errors import UserError
+from cfpp.train import checkpoint, loop
+from tests.train import crash, fake
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def logged_steps(workdir):
+    return [row["step"] for row in rows(workdir)]
+
+
+def final_state(workdir, config=None):
+    """The last checkpoint's whole state and position in the data, as NumPy arrays."""
+    config = config or fake.config()
+    stage = fake.build(config)
+    template = jax.eval_shape(
+        stage.init, jax.random.key(0), loop.parents(config, checkpoint.model_shapes)
+    )
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    template = jax.tree.map(lambda x: x.update(sharding=device), template)
+    data = fake.train_batches(config.data, config.batch_size, config.seed)
+    checkpoints = checkpoint.Checkpoints(workdir, config.keep)
+    state = checkpoints.restore(template, data)
+    checkpoints.close()
+    return jax.tree.map(np.asarray, state), data.get_state()
+
+
+def assert_same_run(workdir, other, config=None):
+    a, b = final_state(workdir, config), final_state(other, config)
+    jax.tree.map(np.testing.assert_array_equal, a[0], b[0])
+    assert a[1] == b[1]
+    losses = [{row["step"]: row["loss"] for row in rows(folder)} for folder in (workdir, other)]
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The workdir of an undisturbed run."""
+    workdir = tmp_path_factory.mktemp("finished")
+    patches = fake.patches()
+    for patch in patches:
+        patch.start()
+    assert loop.train(fake.config(), workdir)
+    for patch in patches:
+        patch.stop()
+    return workdir
+
+
+def test_a_run_leaves_checkpoints_metrics_and_its_config(finished):
+    assert checkpoint.steps(finished / "checkpoints") == [8, 12]  # keep = 2
+    assert logged_steps(finished) == [2, 4, 6, 8, 10, 12]
+    assert {"step", "loss", "steps_per_second"} <= rows(finished)[0].keys()
+    config, params = checkpoint.load_model(finished)
+    assert config == fake.config()
+    np.testing.assert_array_equal(params["kernel"], final_state(finished)[0].ema["kernel"])
+
+
+def test_logged_metrics_are_means_over_the_steps_between(finished, tmp_path):
+    loop.train(fake.config(log_every=1), tmp_path)
+    single = [row["loss"] for row in rows(tmp_path)]
+    means = np.reshape(single, (-1, 2)).mean(axis=1)
+    np.testing.assert_allclose([row["loss"] for row in rows(finished)], means, rtol=1e-6)
+
+
+def test_a_finished_run_returns_at_once(finished, capsys):
+    with mock.patch("cfpp.data.sources.prepare", side_effect=AssertionError):
+        assert loop.train(fake.config(), finished)
+    assert "finished, all 12 steps" in capsys.readouterr().out
+
+
+def test_a_longer_run_goes_on_to_the_same_bits(tmp_path):
+    assert loop.train(fake.config(steps=7), tmp_path / "once")
+    assert loop.train(fake.config(steps=5, log_every=1), tmp_path / "twice")
+    assert loop.train(fake.config(steps=7), tmp_path / "twice")
+    a, b = final_state(tmp_path / "once"), final_state(tmp_path / "twice")
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_sigterm_saves_and_the_next_start_continues(finished, tmp_path, capsys):
+    original = fake.train_batches
+
+    def terminating(*args):
+        data = original(*args)
+        data_next = data.__class__.__next__
+
+        class Terminating(data.__class__):
+            def __next__(self):
+                batch = data_next(self)
+                if self.get_state() == {"next_index": 5}:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return batch
+
+        data.__class__ = Terminating
+        return data
+
+    with mock.patch("cfpp.data.pipeline.train_batches", terminating):
+        assert not loop.train(fake.config(), tmp_path)
+    out = capsys.readouterr().out
+    assert "interrupted at step 5, saved; run the same command to continue" in out
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4, 5]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert loop.train(fake.config(), tmp_path)
+    assert "continuing from step 5" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), final_state(finished))
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
+    command = [sys.executable, "-m", "tests.train.crash", tmp_path / "killed", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("killed after") == crash.KILLS
+    assert done.stdout.count(" 1 unfinished") >= 2  # killed while saving
+
+    config = fake.config(**crash.CHANGES)
+    with fake.patches(crash.DIM)[2]:
+        assert loop.train(config, tmp_path / "undisturbed")
+    assert_same_run(tmp_path / "killed", tmp_path / "undisturbed", config)
+
+
+def test_rows_after_the_checkpoint_are_dropped(finished, tmp_path):
+    loop.train(fake.config(steps=4), tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 0.0}\n{"step": 8, "lo')
+    loop.train(fake.config(), tmp_path)
+    assert logged_steps(tmp_path) == [2, 4, 6, 8, 10, 12]
+    assert_same_run(tmp_path, finished)
+
+
+@pytest.mark.parametrize("fault, what", [("bad_loss_at", "loss"), ("bad_state_at", "state")])
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, fault, what):
+    step = 7 if what == "loss" else 8  # a ruined state is seen when it would be saved
+    with pytest.raises(UserError) as error:
+        loop.train(fake.config(**{fault: step}), tmp_path)
+    assert f"the {what} is not finite at step {step}" in str(error.value)
+    assert str(tmp_path / "checkpoints" / "4") in str(error.value)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+
+
+def test_divergence_is_seen_before_saving_though_not_logged(tmp_path):
+    with pytest.raises(UserError, match="the loss is not finite at step 3"):
+        loop.train(fake.config(bad_loss_at=3, log_every=100), tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == []
+
+
+def test_a_workdir_of_another_config_is_refused(finished):
+    with pytest.raises(UserError, match=r"another configuration: model.dim was 8 and is now 16"):
+        loop.train(fake.config(model={"dim": 16}), finished)
+    with pytest.raises(UserError, match=r"made for 12 steps and config.steps is now 3"):
+        loop.train(fake.config(steps=3), finished)
+    without = fake.config().copy_and_resolve_references().unlock()
+    del without.bad_loss_at
+    with pytest.raises(UserError, match="bad_loss_at was -1 and is now absent"):
+        loop.train(without, finished)
+
+
+def test_checkpoints_without_a_config_are_not_overwritten(tmp_path):
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has checkpoints but no config\.json"):
+        loop.train(fake.config(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("steps", 0), ("batch_size", -4), ("log_every", 0), ("save_every", 0),
+                    ("sample_every", -1), ("keep", 0)]
+)  # fmt: skip
+def test_numbers_out_of_range(tmp_path, name, value):
+    with pytest.raises(UserError, match=f"config.{name} is {value}; it must be at least"):
+        loop.train(fake.config(**{name: value}), tmp_path)
+
+
+def test_unknown_stage(tmp_path):
+    with pytest.raises(UserError, match="config.stage must be fake, got 'nonsense'"):
+        loop.train(fake.config(stage="nonsense"), tmp_path)
+
+
+@pytest.mark.parametrize("workdir", ["file/workdir", "file"])
+def test_a_workdir_that_cannot_be_made(tmp_path, workdir):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="not a folder|a file is in the way"):
+        loop.train(fake.config(), tmp_path / workdir)
+
+
+def test_parents_are_what_the_stage_starts_from(finished, tmp_path):
+    config = fake.config(init_from={"teacher": str(finished)}, steps=1)
+    loop.train(config, tmp_path)
+    _, teacher = checkpoint.load_model(finished)
+    frozen = final_state(tmp_path, config)[0].frozen["teacher"]
+    jax.tree.map(np.testing.assert_array_equal, frozen, teacher)
+
+
+def test_bad_parents(finished, tmp_path):
+    def message(workdir, **changes):
+        with pytest.raises(UserError) as error:
+            loop.train(fake.config(**changes), tmp_path / workdir)
+        return str(error.value)
+
+    missing = str(tmp_path / "missing")
+    text = message("1", init_from={"teacher": missing})
+    assert text.startswith(f"config.init_from.teacher: {missing} does not exist")
+    (tmp_path / "empty").mkdir()
+    text = message("2", init_from={"teacher": str(tmp_path / "empty")})
+    assert "has no config.json" in text
+    text = message("3", init_from={"techer": str(finished)})
+    assert "config.init_from.techer is no parent of stage fake, which takes teacher" in text
+    text = message("4", init_from={"teacher": str(finished)}, model={"dim": 16})
+    assert "parameter bias is float32[8] there and float32[16] in this configuration" in text
+    required = mock.patch(
+        "cfpp.stages.build", lambda config: fake.build(config)._replace(required=("teacher",))
+    )
+    with required:
+        assert "config.init_from.teacher is not set" in message("5")
+
+
+def test_samples_are_asked_for(tmp_path):
+    with mock.patch.object(loop, "samples") as samples:
+        loop.train(fake.config(sample_every=5), tmp_path)
+    assert [call.args[2] for call in samples.call_args_list] == [5, 10]
+
+
+def test_donated_buffers_do_not_reach_the_disk(tmp_path):
+    """Steps go on while a checkpoint is being written: it must be of the step that it says."""
+    config = fake.config(steps=6, save_every=1, keep=6, model={"dim": 512})
+    with fake.patches(512)[2]:
+        loop.train(config, tmp_path)
+    data = fake.train_batches(config.data, config.batch_size, config.seed)
+    with fake.patches(512)[2]:
+        data = fake.train_batches(config.data, config.batch_size, config.seed)
+        stage, key = fake.build(config), jax.random.key(config.seed)
+        state = jax.jit(stage.init)(jax.random.fold_in(key, loop.INIT), {})
+        step = jax.jit(stage.step)
+        for number in range(6):
+            batch = jax.tree.map(jnp.asarray, next(data))
+            state, _ = step(state, batch, jax.random.fold_in(key, number))
+            saved = checkpoint._read_model(
+                checkpoint.epath.Path(tmp_path) / "checkpoints" / str(number + 1)
+            )
+            np.testing.assert_array_equal(saved["kernel"], state.ema["kernel"])
