@@ -80,8 +80,8 @@ def data(options: ConfigDict) -> ConfigDict:
         config.name = "atari:Boxing"
         config.height = config.width = 64
         config.num_actions = 18
-        config.episodes = 64
-        config.episode_frames = 256
+        config.episodes = 256
+        config.episode_frames = 64
     if options.chunk > 1:
         config.frames = 1 + 3 * options.chunk
     if options.smoke:

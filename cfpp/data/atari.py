@@ -88,10 +88,3 @@ class Emulator:
                     idle = frame
                     break
         return idle if idle < len(still) else 0
-
-
-def held_actions(rng: np.random.Generator, num_actions: int) -> Iterator[int]:
-    """Random actions for ever, each held for 1 to LONGEST_HOLD frames."""
-    while True:
-        action, frames = rng.integers(num_actions), rng.integers(1, LONGEST_HOLD + 1)
-        yield from [action] * frames

@@ -179,11 +179,14 @@ class Block(nn.Module):
         """The cached keys or values as constants, or with the gradient of the same frame's own.
 
         "straight_through" is what overwriting a cache in place computes in the public PyTorch
-        code: the gradient with respect to a clean frame's key flows on into its noisy key.
+        code: the gradient with respect to a clean frame's key flows on into its noisy key. The
+        entries are then the last frames of the cache, in its order.
         """
         cached = jax.lax.stop_gradient(cached)
         if self.history_gradient == "straight_through":
-            cached = cached + fresh - jax.lax.stop_gradient(fresh)
+            given = cached.shape[1] - fresh.shape[1]
+            through = fresh - jax.lax.stop_gradient(fresh)  # zero, with a gradient
+            cached = cached + jnp.pad(through, ((0, 0), (given, 0), (0, 0), (0, 0), (0, 0)))
         return cached.astype(fresh.dtype)
 
     def _cross_attention(self, x, text):

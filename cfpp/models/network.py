@@ -149,14 +149,21 @@ class Network:
         return velocity
 
     def replay(self, params: Params, cache: Cache, condition: Condition) -> flow.Velocity:
-        """Noisy frames 0 .. F - 1 against a cache that holds all of them clean, in its order."""
+        """Noisy frames against a cache that holds a whole clip, frame i in slot i.
+
+        Returns:
+          A velocity field over the clip's last frames, as many as it is given.
+        """
         text = self.text(params, condition)
 
         def velocity(x, sigma):
             frames = x.shape[1]
-            return self.apply(
-                params, x, sigma, np.arange(frames), np.ones(frames, int),
-                condition.get("actions"), text, cache,
-            )[0]  # fmt: skip
+            frame = np.arange(cache.slots - frames, cache.slots)
+            actions = condition.get("actions")
+            if actions is not None:
+                actions = actions[:, frame]
+            return self.apply(params, x, sigma, frame, np.ones(frames, int), actions, text, cache)[
+                0
+            ]
 
         return velocity

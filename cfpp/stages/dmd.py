@@ -87,8 +87,9 @@ def self_rollout(
       last: int32 `[chunks]`, the step at which each generated chunk leaves its denoising.
 
     Returns:
-      The cache of all clean frames; the clips `[B, F, H, W, C]`; the inputs of each frame's last
-      pass `[B, F, H, W, C]` and their noise levels `[F]`, those of given frames 0.
+      The cache of all clean frames; the clips `[B, F, H, W, C]`, given frames included; and of
+      each generated frame, the input of its last pass `[B, F - given, H, W, C]` and the noise level
+      of that `[F - given]`.
     """
     frames = x0.shape[1]
     actions = condition.get("actions")
@@ -99,9 +100,7 @@ def self_rollout(
     sigmas = jnp.asarray(rollout.sampler.padded()[rows])
     stream, out = rollout.unroll(params, stream, split(np.s_[given:]), chunks, noise, sigmas, last)
     x = jnp.concatenate([x0[:, :given], out.x0], 1)
-    inputs = jnp.concatenate([x0[:, :given], out.x], 1)
-    sigma = jnp.concatenate([jnp.zeros(given), out.sigma])
-    return jax.lax.stop_gradient((stream.cache, x, inputs, sigma))
+    return jax.lax.stop_gradient((stream.cache, x, out.x, out.sigma))
 
 
 def replay(
@@ -112,14 +111,14 @@ def replay(
     sigma: jax.Array,
     condition: Condition,
 ) -> jax.Array:
-    """The clips of a self-rollout once more, now as a function of the parameters.
+    """The generated frames of a self-rollout once more, as a function of the parameters.
 
     Args:
       network: its `dit.history_gradient` says what gradient the cache carries.
       cache, inputs, sigma: what `self_rollout` returned.
 
     Returns:
-      `[B, F, H, W, C]`, for generated frames equal to the rollout's clips.
+      `[B, F - given, H, W, C]`, equal to the rollout's generated frames.
     """
     sigma = jnp.broadcast_to(sigma, inputs.shape[:2])
     velocity = network.replay(params, cache, condition)
@@ -225,7 +224,7 @@ def build(config) -> Stage:
 
         def mean_loss(params):
             x_replayed = replay(student, params, cache, inputs, sigma, condition)
-            return jnp.mean(loss(x_replayed, g), where=generated)
+            return jnp.mean(loss(x_replayed, g[:, given:]))
 
         return descend(state, transform, mean_loss, config.ema)
 

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cfpp.data import recording
+from cfpp.data.actions import held_actions
 from cfpp.errors import UserError
 
 MOST_SHORT_GAMES = 100  # in a row that end within an episode, before recording gives up
@@ -51,7 +52,7 @@ class Builder(recording.EpisodeBuilder):
         config = self.builder_config
         seed = recording.SPLITS.index(split)
         emulator = atari.Emulator(config.game, config.height, config.width, seed)
-        held = atari.held_actions(np.random.default_rng(seed), emulator.num_actions)
+        held = held_actions(np.random.default_rng(seed), emulator.num_actions, atari.LONGEST_HOLD)
         emulator.start()
         games = 0  # begun since the last whole episode
         while games < MOST_SHORT_GAMES:

@@ -1,0 +1,165 @@
+"""Streams video from a finished stage or an exported model.
+
+python -m cfpp.rollout --workdir=runs/quickstart --frames=200 --steps=2 --out=play.mp4
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator
+
+import jax
+import ml_collections
+import numpy as np
+from tqdm import tqdm
+
+from cfpp import media
+from cfpp.data.actions import held_actions
+from cfpp.errors import UserError, exit_on_user_error
+from cfpp.models.network import Network
+from cfpp.rollout import generate
+from cfpp.rollout.stream import Player
+from cfpp.train import checkpoint
+
+FRAMES_PER_SECOND = 8  # of the video file
+LONGEST_HOLD = 6  # frames that a random action is held
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="python -m cfpp.rollout", description=__doc__)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", help="working directory of a stage or of the quickstart")
+    model.add_argument("--checkpoint", help="what python -m cfpp.export wrote")
+    parser.add_argument("--frames", type=int, default=96, help="how many to generate")
+    parser.add_argument("--steps", type=int, help="network steps a frame; a teacher's default: 48")
+    parser.add_argument("--first_steps", type=int, help="steps of the first chunk, if different")
+    steering = parser.add_mutually_exclusive_group()
+    steering.add_argument(
+        "--actions", help="action numbers such as 4,4,4,2 or 4x12,2x6; repeated to the end"
+    )
+    steering.add_argument(
+        "--random_actions", action="store_true", help="held random actions (the default)"
+    )
+    parser.add_argument("--first_frame", help="a picture to start from; without it, from noise")
+    parser.add_argument("--latency", action="store_true", help="write the cache in a separate pass")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=int, default=8, help="enlargement of the video")
+    parser.add_argument("--out", default="rollout.mp4", help="the video file to write")
+    return parser.parse_args(arguments)
+
+
+def parse_actions(text: str, num_actions: int) -> list[int]:
+    """Reads `4,4,2` or `4x12,2x6`.
+
+    Raises:
+      UserError: a word that is no action of the model.
+    """
+    actions = []
+    for word in text.split(","):
+        action, _, times = word.strip().partition("x")
+        if not action.isdigit() or not (times or "1").isdigit():
+            raise UserError(f"--actions: {word!r} is neither a number nor NUMBERxTIMES")
+        if int(action) >= num_actions:
+            raise UserError(
+                f"--actions: {action} is out of range; the model knows 0 to {num_actions - 1}"
+            )
+        actions += [int(action)] * int(times or 1)
+    if not actions:
+        raise UserError("--actions names no action")
+    return actions
+
+
+def steering(options: argparse.Namespace, num_actions: int) -> Iterator[int]:
+    """The endless sequence of actions that the command line asks for."""
+    if options.actions is not None:
+        return itertools.cycle(parse_actions(options.actions, num_actions))
+    return held_actions(np.random.default_rng(options.seed), max(num_actions, 1), LONGEST_HOLD)
+
+
+def create_rollout(
+    config: ml_collections.ConfigDict,
+    steps: int | None,
+    first_steps: int | None = None,
+    fused: bool = True,
+) -> generate.Rollout:
+    """The rollout that suits a stage's model: Euler for teachers, consistency for students.
+
+    Args:
+      config: of the stage.
+      steps: of the sampler; None is 48 for a teacher and 2 for a student.
+      first_steps: of the first chunk, for students; None is `steps`.
+      fused: see `cfpp.rollout.generate`.
+
+    Raises:
+      UserError: the stage's model cannot stream, or the steps are not positive.
+    """
+    if config.stage == "bidirectional":
+        raise UserError("a bidirectional model cannot stream; take one of stage 1, 2 or 3")
+    for name, value in (("steps", steps), ("first_steps", first_steps)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+    network = Network.create(config.model, config.pattern)
+    if config.stage == "ar_diffusion":
+        sampler = generate.euler(steps or 48, config.shift)
+        return generate.Rollout(network, sampler, config.guidance, fused)
+    return generate.Rollout(
+        network, generate.consistency(steps or 2, config.shift, first_steps), fused=fused
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Streams the video that the command line asks for.
+
+    Raises:
+      UserError: the model, the picture, the actions or the output file cannot be used.
+    """
+    if options.frames < 1:
+        raise UserError(f"--frames is {options.frames}; it must be at least 1")
+    if options.scale < 1:
+        raise UserError(f"--scale is {options.scale}; it must be at least 1")
+    config, params = checkpoint.load_model(options.workdir or options.checkpoint)
+    rollout = create_rollout(config, options.steps, options.first_steps, not options.latency)
+    actions = steering(options, config.model.num_actions)
+    height, width = config.model.height, config.model.width
+    if options.first_frame:
+        context = media.read_image(options.first_frame, height, width)[None, None]
+    else:
+        context = np.zeros((1, 0, height, width, 3), np.uint8)
+    given = np.zeros((1, context.shape[1]), np.int32)
+    key = jax.random.key(options.seed)
+    player = lambda: Player(rollout, params, context, {"actions": given}, key)
+    chunk = rollout.network.pattern.chunk
+
+    def play(player):
+        taken = list(itertools.islice(actions, chunk))
+        return player.play(np.array([taken], np.int32))[0]
+
+    player().play(np.zeros((1, chunk), np.int32))  # compiles
+    seconds, done = [], 0
+    with (
+        media.Mp4Writer(options.out, FRAMES_PER_SECOND, options.scale) as writer,
+        tqdm(total=options.frames, unit="frame") as progress,
+    ):
+        begin = time.perf_counter()
+        session = player()
+        while done < options.frames:
+            frames = play(session)
+            seconds.append(time.perf_counter() - begin)
+            for frame in frames[: options.frames - done]:
+                writer.append(frame)
+                done += 1
+                progress.update()
+            begin = time.perf_counter()
+
+    print(f"{options.out}: {done} frames by the {config.stage} model")
+    print(f"first frame after: {1000 * seconds[0]:.1f} ms, the cache filled and all compiled")
+    if len(seconds) > 1:
+        rate = chunk * (len(seconds) - 1) / sum(seconds[1:])
+        print(f"then: {rate:.0f} frames/s, the video encoder not counted")
+    print(f"network passes a frame: {rollout.passes / chunk:g}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        run(parse())

@@ -1,0 +1,88 @@
+"""Video without end: one compiled program a chunk, the cache updated in place."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfpp.models import codec
+from cfpp.models.network import Condition, Params
+from cfpp.rollout.generate import Rollout, Stream, gaussian_noise
+
+
+class Player:
+    """Streams chunks of video, each steered by the actions given for it.
+
+        player = Player(rollout, params, context, {"actions": given_actions}, jax.random.key(0))
+        frames = player.play(actions)     # uint8 [B, chunk, H, W, 3], as often as you like
+
+    Memory and time a chunk do not grow. The frames are those of `Rollout.clip` with the same key.
+
+    Args:
+      rollout: the model's; its pattern's window bounds what is remembered.
+      params: parameters of the network.
+      context: frames to start from, uint8 `[B, K, H, W, 3]`; K may be 0.
+      condition: actions of these, int32 `[B, K]`, and/or text.
+      rng: a key.
+
+    Raises:
+      ValueError: the pattern has no window.
+    """
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        params: Params,
+        context: np.ndarray,
+        condition: Condition,
+        rng: jax.Array,
+    ):
+        self._rollout = rollout.after(context.shape[1])
+        self._params = params
+        self._rng = rng
+        start = jax.jit(lambda p, c, condition: self._rollout.start(p, codec.encode(c), condition))
+        self._stream = start(params, jnp.asarray(context), condition)
+        self._schedule = 0  # the first chunk's, then 1
+
+    @property
+    def chunk(self) -> int:
+        """Frames generated at once."""
+        return self._rollout.network.pattern.chunk
+
+    def play(self, actions: np.ndarray) -> np.ndarray:
+        """Generates the next chunk.
+
+        Args:
+          actions: int32 `[B, chunk]`.
+
+        Returns:
+          uint8 `[B, chunk, H, W, 3]`.
+        """
+        self._stream, video = _play(
+            self._rollout,
+            self._params,
+            self._stream,
+            jnp.asarray(actions, jnp.int32),
+            self._rng,
+            self._schedule,
+        )
+        self._schedule = 1
+        return np.asarray(video)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _play(
+    rollout: Rollout,
+    params: Params,
+    stream: Stream,
+    actions: jax.Array,
+    rng: jax.Array,
+    schedule: jax.Array,
+) -> tuple[Stream, jax.Array]:
+    sampler = rollout.sampler
+    last = jnp.array([len(sampler.first_sigmas) - 2, len(sampler.sigmas) - 2])[schedule]
+    sigmas = jnp.asarray(sampler.padded())[schedule]
+    noise = gaussian_noise(rng, stream.pending.shape)
+    stream, chunk = rollout.chunk(params, stream, actions, noise, sigmas, last)
+    return stream, codec.decode(chunk.x0)

@@ -1,0 +1,53 @@
+"""The whole recipe on one machine: data, stages 0 to 3, evaluation.
+
+    python -m cfpp.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Ten minutes on two CPU cores. Variants: `configs/quickstart.py:smoke` is the same in miniature (90
+seconds), `:atari` the same on Boxing (an hour on two cores, minutes on a GPU), `:long` an hour of
+arena with the bidirectional base as stage 3's real score.
+"""
+
+import ml_collections
+
+from configs import stage0, stage1, stage2, stage3
+
+JOBS = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}
+
+# Training steps of the four stages.
+STEPS = {
+    "": (300, 800, 300, 60),
+    "smoke": (4, 6, 4, 2),
+    "atari": (300, 1500, 400, 60),
+    "long": (3000, 5000, 1500, 300),
+}
+
+
+def get_config(arg: str = ""):
+    if arg not in STEPS:
+        raise ValueError(f"config argument {arg!r} is none of {', '.join(filter(None, STEPS))}")
+    config = ml_collections.ConfigDict()
+    config.jobs = tuple(JOBS)
+    for (name, module), steps in zip(JOBS.items(), STEPS[arg], strict=True):
+        job = module.get_config("" if arg == "long" else arg)
+        job.steps = steps
+        config[name] = job
+    # Paths that start with '..' are relative to the job's own directory.
+    config.stage1.init_from.base = "../stage0"
+    config.stage2.init_from.teacher = "../stage1"
+    config.stage3.init_from.student = "../stage2"
+    config.stage3.init_from.real = "../stage1"
+    if arg == "long":
+        config.stage3.real_score = "bidirectional"
+        config.stage3.init_from.real = "../stage0"
+
+    config.evaluate = ml_collections.ConfigDict()
+    config.evaluate.episodes = 64  # held out
+    config.evaluate.frames = 12  # generated
+    config.evaluate.context = 1  # given before them
+    config.evaluate.starts = 8  # first frames from which directions are sampled
+    config.evaluate.samples = 64  # of each start
+    config.evaluate.probe_steps = 400  # of the network that tells actions
+    config.evaluate.seed = 0
+    if arg == "smoke":
+        config.evaluate.update({"episodes": 4, "starts": 2, "samples": 4, "probe_steps": 10})
+    return config
