@@ -189,11 +189,13 @@ class Strip(NamedTuple):
       title: what the row shows.
       note: a smaller second line.
       video: uint8 `[T, H, W, 3]`.
+      apart: whether a wider gap sets the row apart from the one above.
     """
 
     title: str
     note: str
     video: np.ndarray
+    apart: bool = False
 
 
 def film_strips(
@@ -234,29 +236,28 @@ def film_strips(
     def column_x(column: int) -> int:
         return left + column * (cell_width + gap) + (set_apart if column >= given > 0 else 0)
 
-    def row_y(row: int) -> int:
-        return margin + head_height + row * (cell_height + row_gap)
-
+    steps = [cell_height + row_gap + 14 * strip.apart for strip in strips[1:]]
+    row_y = [margin + head_height, *(margin + head_height + np.cumsum(steps, dtype=int)).tolist()]
     total_width = column_x(len(columns)) - gap + margin
-    total_height = row_y(len(strips)) - row_gap + margin
+    total_height = row_y[-1] + cell_height + margin
     sheet = Image.new("RGB", (total_width, total_height), PAPER)
     draw = ImageDraw.Draw(sheet)
 
     def heading(x: int, text: str, anchor: str) -> None:
         first, _, second = text.partition("\n")
         draw.text((x, margin + 8), first, INK, title_font, anchor=anchor)
-        draw.text((x, margin + 29), second, FADED_INK, font(15), anchor=anchor)
+        draw.text((x, margin + 30), second, FADED_INK, font(17), anchor=anchor)
 
     heading(margin, corner, "lm")
     for column, text in enumerate(columns):
         heading(column_x(column) + cell_width // 2, text, "mm")
     for row, strip in enumerate(strips):
-        middle = row_y(row) + cell_height // 2
+        middle = row_y[row] + cell_height // 2
         draw.text((margin, middle - 11), strip.title, INK, title_font, anchor="lm")
         draw.text((margin, middle + 11), strip.note, FADED_INK, note_font, anchor="lm")
         for column, frame in enumerate(strip.video):
             picture = Image.fromarray(enlarge(frame, scale))
-            sheet.paste(picture, (column_x(column), row_y(row)))
+            sheet.paste(picture, (column_x(column), row_y[row]))
     if given > 0:
         x = column_x(given) - (gap + set_apart) // 2 - 1
         draw.line((x, margin + head_height, x, total_height - margin), RULE, 2)

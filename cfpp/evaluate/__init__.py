@@ -1,1 +1,6 @@
-"""Metrics and the report: how good a model is, told from held-out episodes."""
+"""How good a model is, told from held-out episodes: metrics, a report, `run` for both."""
+
+from cfpp.evaluate.job import run
+from cfpp.evaluate.measure import Settings
+
+__all__ = ["Settings", "run"]

@@ -1,0 +1,40 @@
+"""Evaluates the finished models of a work directory on held-out episodes, into WORKDIR/report.
+
+python -m cfpp.evaluate --workdir=runs/quickstart
+python -m cfpp.evaluate --workdir=runs/stage2 --episodes=256
+"""
+
+import argparse
+import dataclasses
+import pathlib
+
+from cfpp.errors import exit_on_user_error
+from cfpp.evaluate import Settings, job
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the command line, and evaluates.
+
+    Args:
+      arguments: the command line without the program; that of the process if None.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m cfpp.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, help="of a stage, or of a job of several")
+    for field in dataclasses.fields(Settings):
+        parser.add_argument(
+            f"--{field.name}", type=int, help=f"default: the job's own, or {field.default}"
+        )
+    flags = vars(parser.parse_args(arguments))
+    workdir = pathlib.Path(flags.pop("workdir"))
+    given = {name: value for name, value in flags.items() if value is not None}
+    job.evaluate(workdir, Settings(**(job.stored_settings(workdir) | given)))
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,115 @@
+"""The evaluation as a job: every finished model of a work directory, then the report."""
+
+import pathlib
+import time
+
+import jax
+import ml_collections
+import numpy as np
+
+from cfpp.evaluate import measure, metrics, models, report, table
+from cfpp.evaluate.measure import Settings, Yardstick
+from cfpp.train import workdir as workdirs
+
+STARTS_RNG, CLIPS_RNG = 0, 1  # folded into the evaluation's key
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None:
+    """Evaluates a work directory with the settings of `config.evaluate`, into `workdir/report`.
+
+    Raises:
+      UserError: nothing has finished there, a setting is out of range, the data are missing or too
+        few, or the report cannot be written.
+    """
+    evaluate(workdir, Settings(**config.evaluate))
+
+
+def evaluate(workdir: str | pathlib.Path, settings: Settings) -> None:
+    """Evaluates the finished models of a work directory; see `run`."""
+    begin = time.monotonic()
+    stages = models.find_stages(workdir)
+    data_config = next(iter(stages.values())).data
+    yardstick = measure.prepare(data_config, settings)
+    _say("ready to measure", begin)
+
+    results = [real_row(yardstick)]
+    for row in models.find_rows(stages):
+        row_begin = time.monotonic()
+        results.append(generated_row(yardstick, row))
+        _say(row.name, row_begin)
+
+    scores = [config.real_score for config in stages.values() if config.stage == "dmd"]
+    perfect = None
+    if len(yardstick.starts):
+        perfect = metrics.expected_total_variation(metrics.DIRECTION_LAW, settings.samples)
+    folder = pathlib.Path(workdir) / "report"
+    report.write(
+        table.Report(
+            data=data_config.name,
+            settings=settings,
+            rows=results,
+            actions=yardstick.actions,
+            num_actions=data_config.num_actions,
+            jobs=[
+                report.read_job(stage_workdir, config.stage, config.steps, config.batch_size)
+                for stage_workdir, config in stages.items()
+            ],
+            real_score=scores[-1] if scores else None,
+            perfect_directions=perfect,
+            seconds=time.monotonic() - begin,
+            machine=report.machine(),
+            versions=report.versions(),
+        ),
+        folder,
+    )
+    print(f"evaluate: the report is in {folder}", flush=True)
+
+
+def stored_settings(workdir: str | pathlib.Path) -> dict:
+    """The settings with which a work directory's own job evaluates; empty where it does not."""
+    if not (pathlib.Path(workdir) / "config.json").exists():
+        return {}
+    config = workdirs.read_config(workdir)
+    return config.evaluate.to_dict() if "evaluate" in config else {}
+
+
+def real_row(yardstick: Yardstick) -> table.Result:
+    """The held-out clips themselves; in place of sampled directions, the world's own."""
+    clips = yardstick.video[:, yardstick.settings.context :]
+    steps = measure.true_steps(yardstick) if len(yardstick.starts) else None
+    figures = measure.figures(yardstick, clips, steps)
+    return table.Result(
+        "real", "Real data", None, figures, yardstick.video, _by_frame(yardstick, clips)
+    )
+
+
+def generated_row(yardstick: Yardstick, row: models.Row) -> table.Result:
+    """Generates with a model, and measures what it makes."""
+    settings = yardstick.settings
+    model = models.load(row)
+    key = jax.random.key(settings.seed)
+    clips = model.generate(yardstick.given, yardstick.actions, jax.random.fold_in(key, CLIPS_RNG))
+    steps = None
+    if len(yardstick.starts):
+        repeated = [
+            array[yardstick.starts].repeat(settings.samples, axis=0)
+            for array in (yardstick.given, yardstick.actions[:, : settings.context + 1])
+        ]
+        steps = model.generate(*repeated, jax.random.fold_in(key, STARTS_RNG))
+        steps = steps.reshape(len(yardstick.starts), settings.samples, *steps.shape[2:])
+    figures = measure.figures(yardstick, clips, steps)
+    figures["speed"] = models.speed(
+        model, yardstick.given[0], yardstick.actions[0, : settings.context]
+    )
+    video = np.concatenate([yardstick.given, clips], axis=1)
+    return table.Result(
+        row.key, row.name, model.passes, figures, video, _by_frame(yardstick, clips)
+    )
+
+
+def _by_frame(yardstick: Yardstick, clips: np.ndarray):
+    return None if yardstick.states is None else measure.by_frame(yardstick, clips)
+
+
+def _say(what: str, begin: float) -> None:
+    print(f"evaluate: {what}, {time.monotonic() - begin:.1f} s", flush=True)

@@ -1,0 +1,181 @@
+"""From clips to the figures of a row, on held-out episodes that are the same for every row."""
+
+import dataclasses
+
+import ml_collections
+import numpy as np
+
+from cfpp.data import arena, pipeline, sources
+from cfpp.errors import UserError
+from cfpp.evaluate import features, metrics, probe
+
+INTACT_FRAMES = (1, 4, 9, 12)  # generated frames at which the balls are looked at
+REFERENCES = 3  # real clips of the Frechet distance for each evaluated episode
+
+Figures = dict[str, metrics.Figure]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is generated and measured; the fields of `config.evaluate`.
+
+    Attributes:
+      episodes: held-out episodes.
+      frames: generated frames of each.
+      context: frames given before them.
+      starts: first frames from which the balls' directions are sampled (arena, one given frame).
+      samples: samples of each of these.
+      probe_steps: training steps of the network that tells actions.
+      seed: of the samplers' noise.
+    """
+
+    episodes: int = 64
+    frames: int = 12
+    context: int = 1
+    starts: int = 8
+    samples: int = 64
+    probe_steps: int = 400
+    seed: int = 0
+
+    def __post_init__(self):
+        for field, least in {
+            "episodes": 2,
+            "frames": features.WINDOW - 1,
+            "context": 1,
+            "starts": 2,
+            "samples": 1,
+            "probe_steps": 1,
+        }.items():
+            if getattr(self, field) < least:
+                raise UserError(
+                    f"evaluate.{field} is {getattr(self, field)}; it must be at least {least}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Yardstick:
+    """What every row is measured by.
+
+    Attributes:
+      settings: see `Settings`.
+      video: uint8 `[E, context + frames, H, W, 3]`, the real clips.
+      actions: int32 `[E, context + frames]`.
+      states: of the arena, `[E, context + frames, ...]`; None in other worlds.
+      starts: int, episodes from whose first frame directions are sampled; empty in other worlds.
+      probe: tells actions.
+      scale, reference: unit and real values of the features of the Frechet distance.
+    """
+
+    settings: Settings
+    video: np.ndarray
+    actions: np.ndarray
+    states: arena.States | None
+    starts: np.ndarray
+    probe: probe.Probe
+    scale: np.ndarray
+    reference: np.ndarray
+
+    @property
+    def given(self) -> np.ndarray:
+        """The frames that every row starts from, uint8 `[E, context, H, W, 3]`."""
+        return self.video[:, : self.settings.context]
+
+
+def prepare(data_config: ml_collections.ConfigDict, settings: Settings) -> Yardstick:
+    """Reads held-out clips and trains the probe on training episodes.
+
+    The reference of the Frechet distance is other held-out clips than those evaluated, so that
+    real clips do not score 0 but what no model can be expected to undercut.
+    """
+    episodes, length = settings.episodes, settings.context + settings.frames
+    clips = pipeline.test_clips(data_config, (1 + REFERENCES) * episodes, length)
+    video, actions = clips["video"][:episodes], clips["actions"][:episodes]
+    references = clips["video"][episodes:, settings.context - 1 :]
+    states, starts = None, np.zeros(0, int)
+    if data_config.name == "arena":
+        states = {name: value[:episodes] for name, value in clips["states"].items()}
+        if settings.context == 1:
+            away = metrics.away_from_walls(states["balls"][:, 0])
+            starts = np.flatnonzero(away)[: settings.starts]
+    scale = features.spread(references)
+    return Yardstick(
+        settings=settings,
+        video=video,
+        actions=actions,
+        states=states,
+        starts=starts,
+        probe=probe.train(
+            sources.open_split(data_config, "train"), data_config.num_actions, settings.probe_steps
+        ),
+        scale=scale,
+        reference=features.windows(references, scale),
+    )
+
+
+def intact_frames(settings: Settings) -> tuple[int, ...]:
+    """The generated frames, counted from 1, at which the balls are looked at."""
+    return tuple(frame for frame in INTACT_FRAMES if frame <= settings.frames)
+
+
+def figures(yardstick: Yardstick, video: np.ndarray, steps: np.ndarray | None) -> Figures:
+    """Measures clips.
+
+    Args:
+      yardstick: from `prepare`.
+      video: uint8 `[E, frames, H, W, 3]`, generated from the given frames.
+      steps: uint8 `[S, N, H, W, 3]`, samples of the first frame from each start; None elsewhere
+        than in the arena.
+
+    Returns:
+      `frechet` and `action_accuracy`; in the arena also `agent_error` (pixels, at the last frame),
+      `intact_<frame>` and `allowed` (shares) and, with `steps`, `directions` (total variation).
+    """
+    settings = yardstick.settings
+    video = np.concatenate([yardstick.given, video], axis=1)
+    context = settings.context
+    told = probe.told_actions(yardstick.probe, video[:, context - 1 :])
+    values = features.windows(video[:, context - 1 :], yardstick.scale)
+    result = {
+        "frechet": metrics.frechet(values, yardstick.reference),
+        "action_accuracy": metrics.average((told == yardstick.actions[:, context:]).mean(1)),
+    }
+    if yardstick.states is None:
+        return result
+
+    reading = arena.read(video)
+    error = metrics.agent_error(reading, yardstick.states["agent"])
+    result["agent_error"] = metrics.average(error[:, -1])
+    for frame in intact_frames(settings):
+        intact = reading.intact[:, context - 1 + frame]
+        result[f"intact_{frame}"] = metrics.average(intact.mean(-1))
+    allowed = metrics.allowed_transitions(reading, yardstick.actions)[:, context - 1 :]
+    result["allowed"] = metrics.average(allowed.mean(1))
+    if steps is not None:
+        balls = yardstick.states["balls"][yardstick.starts, 0]
+        counts = metrics.direction_counts(arena.read(steps), balls)
+        distance = metrics.total_variation(counts, metrics.DIRECTION_LAW)
+        result["directions"] = metrics.average(distance.mean(-1))
+    return result
+
+
+def by_frame(yardstick: Yardstick, video: np.ndarray) -> dict[str, list[metrics.Figure]]:
+    """Agent error (pixels) and balls intact (share) at every generated frame of arena clips."""
+    reading = arena.read(video)
+    truth = yardstick.states["agent"][:, yardstick.settings.context :]
+    error, intact = metrics.agent_error(reading, truth), reading.intact.mean(-1)
+    return {
+        "agent_error": [metrics.average(column) for column in error.T],
+        "intact": [metrics.average(column) for column in intact.T],
+    }
+
+
+def true_steps(yardstick: Yardstick) -> np.ndarray:
+    """The arena's own samples of the frame after each start, uint8 `[S, N, 32, 32, 3]`."""
+    rng = np.random.default_rng(yardstick.settings.seed)
+    shape = (len(yardstick.starts), yardstick.settings.samples, arena.NUM_BALLS)
+    velocities = arena.BALL_SPEED * arena.DIAGONALS[rng.integers(4, size=shape)]
+    kicks = rng.choice(len(arena.KICK_LAW), size=shape, p=arena.KICK_LAW)
+    balls = yardstick.states["balls"][yardstick.starts, :1]
+    places, _ = arena.move_balls(balls, velocities, kicks)
+    agent = yardstick.states["agent"][yardstick.starts, 1:2]
+    return arena.render(np.broadcast_to(agent, (*shape[:2], 2)), places)
