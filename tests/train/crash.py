@@ -1,6 +1,6 @@
-"""Kills a run again and again, at random moments, until it is through.
+"""Kills a run again and again, at random moments, until it is through; another one is left alone.
 
-    python -m tests.train.crash WORKDIR SEED
+    python -m tests.train.crash KILLED UNDISTURBED SEED
 
 Each start is a fork of this process, which has the modules but no device yet: seconds saved each.
 """
@@ -11,6 +11,8 @@ import random
 import signal
 import sys
 import time
+
+import jax
 
 from cfpp.train import checkpoint, loop
 from tests.train import fake
@@ -45,7 +47,7 @@ def wait_until(condition) -> None:
         time.sleep(0.002)
 
 
-def main(workdir: pathlib.Path, seed: int) -> None:
+def main(workdir: pathlib.Path, undisturbed: pathlib.Path, seed: int) -> None:
     draw = random.Random(seed)
     reached = 0
     for kill in range(KILLS):
@@ -60,9 +62,11 @@ def main(workdir: pathlib.Path, seed: int) -> None:
         _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, "it was through already"
         print(f"killed after {newest(workdir)}, {len(unfinished(workdir))} unfinished", flush=True)
-    _, status = os.waitpid(start(workdir), 0)
-    sys.exit(os.waitstatus_to_exitcode(status))
+    for child in (start(workdir), start(undisturbed)):
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
+    main(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3]))
