@@ -107,6 +107,7 @@ def model(options: ConfigDict) -> ConfigDict:
     config.prediction = "x0"
     config.dtype = "float32"
     config.remat = "none"
+    config.unroll = 4
     if options.smoke:
         config.dim, config.ffn_dim, config.layers = 64, 128, 2
     return config

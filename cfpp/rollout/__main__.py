@@ -9,14 +9,12 @@ import time
 from collections.abc import Iterator
 
 import jax
-import ml_collections
 import numpy as np
 from tqdm import tqdm
 
 from cfpp import media
 from cfpp.data.actions import held_actions
 from cfpp.errors import UserError, exit_on_user_error
-from cfpp.models.network import Network
 from cfpp.rollout import generate
 from cfpp.rollout.stream import Player
 from cfpp.train import checkpoint
@@ -77,49 +75,19 @@ def steering(options: argparse.Namespace, num_actions: int) -> Iterator[int]:
     return held_actions(np.random.default_rng(options.seed), max(num_actions, 1), LONGEST_HOLD)
 
 
-def create_rollout(
-    config: ml_collections.ConfigDict,
-    steps: int | None,
-    first_steps: int | None = None,
-    fused: bool = True,
-) -> generate.Rollout:
-    """The rollout that suits a stage's model: Euler for teachers, consistency for students.
-
-    Args:
-      config: of the stage.
-      steps: of the sampler; None is 48 for a teacher and 2 for a student.
-      first_steps: of the first chunk, for students; None is `steps`.
-      fused: see `cfpp.rollout.generate`.
-
-    Raises:
-      UserError: the stage's model cannot stream, or the steps are not positive.
-    """
-    if config.stage == "bidirectional":
-        raise UserError("a bidirectional model cannot stream; take one of stage 1, 2 or 3")
-    for name, value in (("steps", steps), ("first_steps", first_steps)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; it must be at least 1")
-    network = Network.create(config.model, config.pattern)
-    if config.stage == "ar_diffusion":
-        sampler = generate.euler(steps or 48, config.shift)
-        return generate.Rollout(network, sampler, config.guidance, fused)
-    return generate.Rollout(
-        network, generate.consistency(steps or 2, config.shift, first_steps), fused=fused
-    )
-
-
 def run(options: argparse.Namespace) -> None:
     """Streams the video that the command line asks for.
 
     Raises:
       UserError: the model, the picture, the actions or the output file cannot be used.
     """
-    if options.frames < 1:
-        raise UserError(f"--frames is {options.frames}; it must be at least 1")
-    if options.scale < 1:
-        raise UserError(f"--scale is {options.scale}; it must be at least 1")
+    for name in ("frames", "steps", "first_steps", "scale"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
     config, params = checkpoint.load_model(options.workdir or options.checkpoint)
-    rollout = create_rollout(config, options.steps, options.first_steps, not options.latency)
+    fused = not options.latency
+    rollout = generate.for_stage(config, options.steps, options.first_steps, fused)
     actions = steering(options, config.model.num_actions)
     height, width = config.model.height, config.model.width
     if options.first_frame:

@@ -21,11 +21,13 @@ import einops
 import flax.struct
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from cfpp import flow
 from cfpp.attention.cache import Cache
 from cfpp.attention.pattern import CLEAN
+from cfpp.errors import UserError
 from cfpp.models import codec
 from cfpp.models.network import Condition, Network, Params, twice
 
@@ -341,6 +343,31 @@ class Rollout:
         )
         key, value = (x[:, :, :size] for x in key_value)
         return stream.cache.write(stream.pending_frame, key, value), v[:, size:]
+
+
+def for_stage(
+    config: ml_collections.ConfigDict,
+    steps: int | None = None,
+    first_steps: int | None = None,
+    fused: bool = True,
+) -> Rollout:
+    """The rollout that suits a stage's model: Euler for teachers, consistency for students.
+
+    Args:
+      config: of the stage. Its guidance counts for a teacher; in a student it is distilled.
+      steps: of the sampler; None is 48 for a teacher and 2 for a student.
+      first_steps: of a student's first chunk; None is `steps`.
+      fused: see the module's docstring.
+
+    Raises:
+      UserError: the stage's model cannot stream.
+    """
+    if config.stage == "bidirectional":
+        raise UserError("a bidirectional model cannot stream; take one of stage 1, 2 or 3")
+    network = Network.create(config.model, config.pattern)
+    if config.stage == "ar_diffusion":
+        return Rollout(network, euler(steps or 48, config.shift), config.guidance, fused)
+    return Rollout(network, consistency(steps or 2, config.shift, first_steps), fused=fused)
 
 
 def gaussian_noise(rng: jax.Array, shape: tuple[int, ...]) -> Noise:

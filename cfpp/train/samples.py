@@ -1,19 +1,55 @@
 """Sample videos of a run in training."""
 
-from typing import Any
-
+import jax
 import ml_collections
+import numpy as np
+from etils import epath
+
+from cfpp import media
+from cfpp.data import pipeline
+from cfpp.models.network import Network
+from cfpp.rollout import generate
+from cfpp.stages import State
+from cfpp.train.metrics import Writer
+
+CLIPS = 4
+BASE_STEPS = 24  # of Euler's method, for a bidirectional model
 
 
 def samples(
-    config: ml_collections.ConfigDict, state: Any, step: int, writer: Any, workdir: Any
+    config: ml_collections.ConfigDict,
+    state: State,
+    step: int,
+    writer: Writer,
+    workdir: epath.PathLike,
 ) -> None:
-    """Writes sample videos of the model in training; called every `config.sample_every` steps.
+    """Continues held-out first frames with the model in training.
+
+    Writes a video of the clips to `workdir/samples/<step>.mp4` and their frames, one clip a row
+    with the truth above it, to `workdir/samples/<step>.png` and TensorBoard.
 
     Args:
       config: of the stage.
       state: its `ema` is the model.
       step: optimizer steps taken.
-      writer: `cfpp.train.metrics.Writers`.
-      workdir: videos go to its `samples/`.
+      writer: of the run's metrics.
+      workdir: of the run.
     """
+    clips = pipeline.test_clips(config.data, CLIPS, config.data.frames)
+    context, condition = clips["video"][:, :1], {"actions": np.asarray(clips["actions"])}
+    rng = jax.random.key(config.seed)
+    if config.stage == "bidirectional":
+        network = Network.create(config.model, config.pattern)
+        sampler = generate.euler(BASE_STEPS, config.shift)
+        video = generate.bidirectional_clip(network, state.ema, context, condition, rng, sampler)
+    else:
+        video = generate.for_stage(config).clip(state.ema, context, condition, rng)
+    video = np.concatenate([context, np.asarray(video)], 1)
+
+    rows = np.stack([clips["video"], video], 1)  # [clips, truth | model, F, H, W, 3]
+    sheet = media.tile(rows.reshape(-1, 1, *video.shape[2:]), config.data.frames)[0]
+    folder = epath.Path(workdir) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    media.write_image(folder / f"{step:06d}.png", media.enlarge(sheet, 2))
+    media.write_mp4(folder / f"{step:06d}.mp4", media.tile(video, CLIPS), scale=4)
+    writer.write_images(step, {"samples": media.enlarge(sheet, 2)[None]})

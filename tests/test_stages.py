@@ -1,0 +1,165 @@
+"""One contract for all stages, and what is particular to each."""
+
+import importlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cfpp import flow, stages
+from cfpp.attention.pattern import Pattern
+from cfpp.stages import consistency, dmd, ode
+from tests import tiny
+
+CONFIGS = {
+    "bidirectional": "stage0",
+    "ar_diffusion": "stage1",
+    "consistency": "stage2",
+    "ode": "stage2_ode",
+    "dmd": "stage3",
+}
+
+
+def tiny_config(stage: str, arg: str = "", **fields):
+    config = importlib.import_module(f"configs.{CONFIGS[stage]}").get_config(arg)
+    config.steps = 10
+    config.data.update({"frames": 4 if config.pattern.chunk == 1 else 7, "height": 8, "width": 8})
+    config.model.update(
+        {"height": 8, "width": 8, "patch": 4, "dim": 24, "ffn_dim": 32, "heads": 2, "layers": 2}
+    )
+    config.model.frequency_dim = 16
+    config.update(fields)
+    return config
+
+
+def batch(config, size: int = 2):
+    rng = np.random.default_rng(0)
+    shape = (size, config.data.frames, 8, 8, 3)
+    return {
+        "video": rng.integers(0, 256, shape, dtype=np.uint8),
+        "actions": rng.integers(0, 5, shape[:2], dtype=np.int32),
+    }
+
+
+def parents(config, stage):
+    network = nn.meta.unbox(stages.build(tiny_config("ar_diffusion")).init(jax.random.key(7), {}))
+    return {role: network.ema for role in stage.required}
+
+
+VARIANTS = {
+    "bidirectional": ("bidirectional", "", {}),
+    "ar_diffusion": ("ar_diffusion", "", {"draws": 2, "drop_rate": 0.5}),
+    "ar_diffusion-chunk": ("ar_diffusion", "chunk=3", {}),
+    "consistency": ("consistency", "", {"guidance": 2.0, "draws": 2}),
+    "consistency-chunk-heun": (
+        "consistency", "chunk=3", {"solver": "heun", "distance": "pseudo_huber"},
+    ),
+    "ode": ("ode", "", {"guidance": 2.0}),
+    "dmd-causal": ("dmd", "", {"first_positions": (1000.0, 750.0, 500.0)}),
+    "dmd-bidirectional": ("dmd", "chunk=3", {"real_score": "bidirectional", "guidance": 2.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_contract(variant):
+    """It jits once, stays finite, moves what it trains and nothing else, and counts its steps."""
+    name, arg, fields = VARIANTS[variant]
+    config = tiny_config(name, arg, **fields)
+    stage = stages.build(config)
+    state = nn.meta.unbox(jax.jit(stage.init)(jax.random.key(0), parents(config, stage)))
+    compiled = []
+
+    @jax.jit
+    def step(state, batch, rng):
+        compiled.append(1)
+        return stage.step(state, batch, rng)
+
+    before = state
+    for i in range(3):
+        state, metrics = step(state, batch(config), jax.random.key(i))
+        assert all(np.isfinite(value) and value.shape == () for value in metrics.values())
+    assert len(compiled) == 1 and int(state.step) == 3
+    assert "loss" in metrics
+    jax.tree.map(np.testing.assert_array_equal, before.frozen, state.frozen)
+    for tree in ("params", "optimizer", "ema"):
+        for old, new in zip(
+            *map(jax.tree.leaves, (vars(before)[tree], vars(state)[tree])), strict=True
+        ):
+            assert old.dtype == new.dtype and old.shape == new.shape
+    for network in state.params:
+        moved = jax.tree.map(
+            lambda a, b: bool(jnp.any(a != b)), before.params[network], state.params[network]
+        )
+        assert moved["head"]["kernel"], f"{network} did not move"
+
+
+@pytest.mark.parametrize("frames_changed", [3, 5])
+def test_no_leak(frames_changed):
+    """What comes later changes nothing before it, bit for bit: clean frame, noise or action."""
+    net = tiny.network(Pattern(chunk=1, window=4, sink=1))
+    params = tiny.params(net)
+    clean, noisy, actions = tiny.latents(net, 6), tiny.latents(net, 6, seed=1), tiny.actions(6)
+    sigma = jnp.full((2, 6), 0.5)
+    run = jax.jit(lambda c, n, a: net.teacher_forced(params, c, {"actions": a})(n, sigma))
+    v = run(clean, noisy, actions)
+    i = frames_changed
+    later = run(clean.at[:, i:].add(1), noisy.at[:, i + 1 :].add(1), actions.at[:, i + 1 :].set(0))
+    np.testing.assert_array_equal(v[:, : i + 1], later[:, : i + 1])
+    assert np.any(v[:, i + 1 :] != later[:, i + 1 :])
+    other_action = run(clean, noisy, actions.at[:, i].set((actions[:, i] + 1) % tiny.ACTIONS))
+    assert np.all(np.any(v[:, i] != other_action[:, i], (1, 2, 3)))
+
+
+def test_draws_share_a_clean_pass_and_nothing_else():
+    net = tiny.network(Pattern(chunk=2))
+    params = tiny.params(net)
+    clean, condition = tiny.latents(net, 4), {"actions": tiny.actions(4)}
+    noisy = tiny.latents(net, 12, seed=1)
+    sigma = jax.random.uniform(jax.random.key(2), (2, 12))
+    velocity = jax.jit(net.teacher_forced(params, clean, condition))
+    together = velocity(noisy, sigma)
+    for draw in range(3):
+        part = np.s_[:, 4 * draw : 4 * draw + 4]
+        tiny.close(velocity(noisy[part], sigma[part]), together[part])
+
+
+def test_consistency_loss_is_its_equation():
+    """With linear fields every term is known; at the last pair the target is the solver's own."""
+    net = tiny.network()
+    x0, noise = tiny.latents(net, 4), tiny.latents(net, 4, seed=1)
+    grid = jnp.asarray(flow.grid(4, 3.0))
+    index = jnp.array([[0, 1, 2, 3]] * 2)
+    sigma, sigma_next = grid[index], grid[index + 1]
+    field = lambda weight: lambda x, s: weight * x + flow.expand(s, x)
+    value = consistency.loss(field(1.0), field(2.0), field(3.0), x0, noise, index, grid)
+    a, b = flow.expand(sigma, x0), flow.expand(sigma_next, x0)
+    x = (1 - a) * x0 + a * noise
+    x_next = x - (a - b) * (3 * x + a)
+    expected = (x - a * (x + a)) - (x_next - b * (2 * x_next + b))
+    tiny.close(value, jnp.mean(expected**2, (2, 3, 4)))
+    last = flow.euler_step(x, field(3.0)(x, sigma), sigma, sigma_next)[:, 3]
+    got = consistency.target(field(2.0), field(3.0), x, sigma, sigma_next, "euler")[:, 3]
+    np.testing.assert_array_equal(got, last)
+
+
+def test_ode_trajectory_ends_at_the_data_for_a_straight_flow():
+    x0, noise = tiny.latents(tiny.network(), 3), tiny.latents(tiny.network(), 3, seed=1)
+    path = ode.trajectory(lambda x, s: noise - x0, noise, jnp.asarray(flow.grid(5, 3.0)))
+    assert path.shape == (6, *x0.shape)
+    tiny.close(path[-1], x0)
+    np.testing.assert_array_equal(path[0], noise)
+
+
+def test_dmd_gradient_points_from_the_student_to_the_data():
+    """Real and fake at rest give no gradient; a fake of larger x0 pushes x down."""
+    x = tiny.latents(tiny.network(), 3)
+    noise, sigma = tiny.latents(tiny.network(), 3, seed=1), jnp.full((2, 3), 0.5)
+    at = lambda target: lambda x_sigma, s: (x_sigma - target) / flow.expand(s, x_sigma)
+    np.testing.assert_array_equal(dmd.gradient(at(x - 1), at(x - 1), x, noise, sigma), 0)
+    g = dmd.gradient(at(x - 2), at(x - 1), x, noise, sigma)
+    tiny.close(g, jnp.full_like(g, 0.5), 1e-4)  # (1) / mean |2|
+    value, slope = jax.value_and_grad(lambda x: dmd.loss(x, g).sum())(x)
+    tiny.close(slope, g / np.prod(x.shape[2:]))
+    assert value == pytest.approx(0.5 * 0.25 * 6, rel=1e-4)
