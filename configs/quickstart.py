@@ -30,6 +30,8 @@ def get_config(arg: str = ""):
     for (name, module), steps in zip(JOBS.items(), STEPS[arg], strict=True):
         job = module.get_config("" if arg == "long" else arg)
         job.steps = steps
+        job.data.directory = "../data"
+        job.sample_every = steps
         config[name] = job
     # Paths that start with '..' are relative to the job's own directory.
     config.stage1.init_from.base = "../stage0"

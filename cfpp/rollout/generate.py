@@ -14,7 +14,7 @@ or as a stream is one and the same.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import einops
@@ -34,30 +34,37 @@ from cfpp.models.network import Condition, Network, Params, twice
 Noise = Callable[[jax.Array, jax.Array], jax.Array]  # (first frame of a chunk, step) -> noise
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampler:
+class Sampler(flax.struct.PyTreeNode):
     """Noise levels and the step between them.
 
+    Row 0 of the arrays is for the first generated chunk, which may take more steps, row 1 for the
+    later ones. Levels are arrays and not constants of a program, so that samplers of one kind share
+    what is compiled.
+
     Attributes:
-      sigmas: falling noise levels that end in 0: one network pass for each but the last.
-      first_sigmas: the same for the first generated chunk, which may take more steps.
+      sigmas: falling noise levels, float32 `[2, width]`, filled up with zeros.
+      last: int32 `[2]`, the last step, at which x0 is predicted: network passes less one.
       step: `flow.consistency_step` or `flow.euler_step`.
     """
 
-    sigmas: tuple[float, ...]
-    first_sigmas: tuple[float, ...]
-    step: Callable
+    sigmas: np.ndarray
+    last: np.ndarray
+    step: Callable = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def create(cls, sigmas: Sequence[float], first: Sequence[float], step: Callable) -> "Sampler":
+        """A sampler from falling noise levels that end in 0, and those of the first chunk."""
+        rows = (first, sigmas)
+        width = max(8, 2 ** int(np.ceil(np.log2(max(map(len, rows))))))  # few widths, few programs
+        padded = np.zeros((2, width), np.float32)
+        for row, levels in zip(padded, rows, strict=True):
+            row[: len(levels)] = levels
+        return cls(padded, np.array([len(levels) - 2 for levels in rows], np.int32), step)
 
     @property
     def steps(self) -> int:
         """Network passes of a chunk after the first, context pass not counted."""
-        return len(self.sigmas) - 1
-
-    def padded(self) -> np.ndarray:
-        """Both schedules, first chunk's first, with zeros at the end: float32 `[2, longest]`."""
-        longest = max(len(self.sigmas), len(self.first_sigmas))
-        rows = (self.first_sigmas, self.sigmas)
-        return np.array([row + (0.0,) * (longest - len(row)) for row in rows], np.float32)
+        return int(self.last[1]) + 1
 
 
 def evenly(steps: int) -> tuple[float, ...]:
@@ -67,16 +74,14 @@ def evenly(steps: int) -> tuple[float, ...]:
 
 def consistency(steps: int, shift: float, first_steps: int | None = None) -> Sampler:
     """The consistency sampler at evenly spaced positions: what distilled students run with."""
-    sigmas = [
-        tuple(flow.schedule(evenly(n), shift).tolist()) for n in (steps, first_steps or steps)
-    ]
-    return Sampler(sigmas[0], sigmas[1], flow.consistency_step)
+    sigmas, first = (flow.schedule(evenly(n), shift) for n in (steps, first_steps or steps))
+    return Sampler.create(sigmas, first, flow.consistency_step)
 
 
 def euler(steps: int, shift: float) -> Sampler:
     """Euler's method on the solver grid: what many-step teachers run with."""
-    sigmas = tuple(flow.grid(steps, shift).tolist())
-    return Sampler(sigmas, sigmas, flow.euler_step)
+    sigmas = flow.grid(steps, shift)
+    return Sampler.create(sigmas, sigmas, flow.euler_step)
 
 
 class Stream(flax.struct.PyTreeNode):
@@ -112,8 +117,7 @@ class Chunk(flax.struct.PyTreeNode):
     sigma: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Rollout:
+class Rollout(flax.struct.PyTreeNode):
     """Generates video from a network.
 
     Attributes:
@@ -123,10 +127,10 @@ class Rollout:
       fused: whether the context pass rides on the next chunk's first step.
     """
 
-    network: Network
+    network: Network = flax.struct.field(pytree_node=False)
     sampler: Sampler
-    guidance: float = 1.0
-    fused: bool = True
+    guidance: float = flax.struct.field(pytree_node=False, default=1.0)
+    fused: bool = flax.struct.field(pytree_node=False, default=True)
 
     @property
     def passes(self) -> int:
@@ -261,7 +265,7 @@ class Rollout:
         join = lambda x: einops.rearrange(x, "n b c ... -> b (n c) ...")
         return stream, Chunk(join(out.x0), join(out.x), jnp.repeat(out.sigma, size))
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @jax.jit
     def clip(
         self, params: Params, context: jax.Array, condition: Condition, rng: jax.Array
     ) -> jax.Array:
@@ -291,22 +295,14 @@ class Rollout:
         stream = rollout.start(params, codec.encode(context), first, slots)
         noise = gaussian_noise(rng, stream.pending.shape)
         rows = np.minimum(np.arange(chunks), 1)  # the first schedule, then the other
-        last = np.array([len(self.sampler.first_sigmas), len(self.sampler.sigmas)]) - 2
-        _, out = rollout.unroll(
-            params,
-            stream,
-            later,
-            chunks,
-            noise,
-            jnp.asarray(self.sampler.padded()[rows]),
-            last[rows],
-        )
+        sigmas, last = jnp.asarray(self.sampler.sigmas)[rows], jnp.asarray(self.sampler.last)[rows]
+        _, out = rollout.unroll(params, stream, later, chunks, noise, sigmas, last)
         return codec.decode(out.x0[:, : total - given])
 
     def after(self, given: int) -> "Rollout":
         """The same rollout, its chunks counted from the end of the given frames."""
         pattern = self.network.pattern.after(given)
-        return dataclasses.replace(self, network=dataclasses.replace(self.network, pattern=pattern))
+        return self.replace(network=dataclasses.replace(self.network, pattern=pattern))
 
     def _both(self, condition):
         return condition if self.guidance == 1.0 else self.network.with_null(condition)
@@ -379,7 +375,7 @@ def gaussian_noise(rng: jax.Array, shape: tuple[int, ...]) -> Noise:
     return noise
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=0)
 def bidirectional_clip(
     network: Network,
     params: Params,
@@ -398,7 +394,7 @@ def bidirectional_clip(
     held = jnp.arange(total) < given
     clean = jnp.pad(codec.encode(context), ((0, 0), (0, total - given)) + ((0, 0),) * 3)
     hold = lambda x: jnp.where(held[None, :, None, None, None], clean, x)
-    sigmas = jnp.asarray(sampler.sigmas)
+    sigmas = jnp.asarray(sampler.sigmas)[1]
     level = lambda step: jnp.where(held, 0.0, sigmas[step])[None].repeat(batch, 0)
 
     def body(step, x):
@@ -407,5 +403,5 @@ def bidirectional_clip(
         return hold(sampler.step(x, v, level(step), level(step + 1), fresh))
 
     x = hold(jax.random.normal(jax.random.fold_in(rng, 0), clean.shape))
-    x = jax.lax.fori_loop(0, sampler.steps, body, x)
+    x = jax.lax.fori_loop(0, jnp.asarray(sampler.last)[1] + 1, body, x)
     return codec.decode(x[:, given:])

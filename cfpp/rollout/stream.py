@@ -71,7 +71,7 @@ class Player:
         return np.asarray(video)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, donate_argnums=2)
 def _play(
     rollout: Rollout,
     params: Params,
@@ -80,9 +80,7 @@ def _play(
     rng: jax.Array,
     schedule: jax.Array,
 ) -> tuple[Stream, jax.Array]:
-    sampler = rollout.sampler
-    last = jnp.array([len(sampler.first_sigmas) - 2, len(sampler.sigmas) - 2])[schedule]
-    sigmas = jnp.asarray(sampler.padded())[schedule]
+    sigmas, last = rollout.sampler.sigmas[schedule], rollout.sampler.last[schedule]
     noise = gaussian_noise(rng, stream.pending.shape)
     stream, chunk = rollout.chunk(params, stream, actions, noise, sigmas, last)
     return stream, codec.decode(chunk.x0)

@@ -97,7 +97,7 @@ def self_rollout(
     stream = rollout.start(params, x0[:, :given], split(np.s_[:given]), frames)
     chunks = len(last)
     rows = np.minimum(np.arange(chunks), 1)
-    sigmas = jnp.asarray(rollout.sampler.padded()[rows])
+    sigmas = jnp.asarray(rollout.sampler.sigmas[rows])
     stream, out = rollout.unroll(params, stream, split(np.s_[given:]), chunks, noise, sigmas, last)
     x = jnp.concatenate([x0[:, :given], out.x0], 1)
     return jax.lax.stop_gradient((stream.cache, x, out.x, out.sigma))
@@ -146,7 +146,7 @@ def build(config) -> Stage:
     chunks = (frames - given) // network.pattern.chunk
     sigmas = flow.schedule(config.positions, config.shift)
     first = flow.schedule(config.first_positions or config.positions, config.shift)
-    sampler = Sampler(tuple(sigmas.tolist()), tuple(first.tolist()), flow.consistency_step)
+    sampler = Sampler.create(sigmas, first, flow.consistency_step)
     rollout = Rollout(network, sampler).after(given)
     student = dataclasses.replace(
         rollout.network, dit=network.dit.clone(history_gradient=config.history_gradient)
