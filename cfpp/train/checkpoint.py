@@ -203,15 +203,18 @@ def is_finished(workdir: epath.PathLike, last_step: int) -> bool:
     return True
 
 
-def load_model(path: epath.PathLike) -> tuple[ml_collections.ConfigDict, Tree]:
+def load_model(
+    path: epath.PathLike, sharding: jax.sharding.Sharding | None = None
+) -> tuple[ml_collections.ConfigDict, Tree]:
     """Loads the averaged parameters of a finished or running stage.
 
     Args:
       path: a stage's working directory, an export, or the working directory of a job of several
         stages (the last of them is taken).
+      sharding: of the parameters; the default device if None.
 
     Returns:
-      The stage's configuration, and the parameters on the default device.
+      The stage's configuration and the parameters.
 
     Raises:
       UserError: nothing is there, or it is damaged.
@@ -219,10 +222,12 @@ def load_model(path: epath.PathLike) -> tuple[ml_collections.ConfigDict, Tree]:
     folder, config = find_model(path)
     if (folder / MODEL).exists():
         try:
-            return config, _read_model(folder)
+            return config, _read_model(folder, sharding)
         except DamageError as error:
             raise UserError(f"{folder} is damaged ({error}); export it again") from error
-    _, params = _newest_intact(folder / "checkpoints", _read_model)
+    _, params = _newest_intact(
+        folder / "checkpoints", functools.partial(_read_model, sharding=sharding)
+    )
     return config, params
 
 
@@ -295,11 +300,11 @@ def _shapes(item: epath.Path) -> Tree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), metadata.tree)
 
 
-def _read_model(folder: epath.Path) -> Tree:
-    """The item `model` of a checkpoint or export, on the default device."""
+def _read_model(folder: epath.Path, sharding: jax.sharding.Sharding | None = None) -> Tree:
+    """The item `model` of a checkpoint or export."""
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with _damage():
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        template = jax.tree.map(lambda x: x.update(sharding=device), _shapes(folder / MODEL))
+        template = jax.tree.map(lambda x: x.update(sharding=sharding), _shapes(folder / MODEL))
         with ocp.Checkpointer(_export_handler()) as checkpointer:
             restored = checkpointer.restore(
                 folder.absolute(),

@@ -13,11 +13,12 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cfpp import stages
 from cfpp.data import pipeline, sources
 from cfpp.errors import UserError
+from cfpp.parallel import mesh
 from cfpp.train import checkpoint, metrics
 from cfpp.train import workdir as workdirs
 from cfpp.train.samples import samples
@@ -49,6 +50,7 @@ def train(
     validate(config)
     workdir = epath.Path(workdir)
     workdirs.claim(config, workdir)
+    config = workdirs.resolve(config, workdir)
     if checkpoint.is_finished(workdir, config.steps):
         print(f"{config.stage}: finished, all {config.steps} steps are in {workdir}", flush=True)
         return True
@@ -61,27 +63,34 @@ def train(
         )
 
         stage = build_stage(config)
-        state_sharding, batch_sharding = shardings(config.batch_size)
+        device_mesh = mesh.create(config.mesh)
+        replicated = NamedSharding(device_mesh, PartitionSpec())
+        batch_sharding = mesh.batch_sharding(device_mesh, config.batch_size)
         key = jax.random.key(config.seed)
-        init = jax.jit(
-            lambda parents: nn.meta.unbox(stage.init(jax.random.fold_in(key, INIT), parents)),
-            out_shardings=state_sharding,
-        )
-        train_step = jax.jit(
-            lambda state, batch: stage.step(state, batch, jax.random.fold_in(key, state.step)),
-            out_shardings=(state_sharding, state_sharding),
-            donate_argnums=0,
-        )
 
+        def init(parents):
+            return stage.init(jax.random.fold_in(key, INIT), parents)
+
+        shapes = jax.eval_shape(init, parents(config, checkpoint.model_shapes))
+        state_sharding = mesh.state_shardings(shapes, device_mesh)
+        template = jax.tree.map(
+            lambda leaf, sharding: leaf.update(sharding=sharding),
+            nn.meta.unbox(shapes),
+            state_sharding,
+        )
         checkpoints = checkpoint.Checkpoints(workdir, config.keep)
         stack.enter_context(contextlib.closing(checkpoints))
-        template = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=state_sharding),
-            jax.eval_shape(init, parents(config, checkpoint.model_shapes)),
-        )
         state = checkpoints.restore(template, data)
         if state is None:
-            state = init(parents(config, lambda path: checkpoint.load_model(path)[1]))
+            loaded = parents(config, lambda path: checkpoint.load_model(path, replicated)[1])
+            state = jax.jit(
+                lambda parents: nn.meta.unbox(init(parents)), out_shardings=state_sharding
+            )(loaded)
+        train_step = jax.jit(
+            lambda state, batch: stage.step(state, batch, jax.random.fold_in(key, state.step)),
+            out_shardings=(state_sharding, replicated),
+            donate_argnums=0,
+        )
         start = int(state.step)
 
         writer = stack.enter_context(contextlib.closing(metrics.Writer(workdir, start)))
@@ -189,18 +198,6 @@ def parents(config: ml_collections.ConfigDict, load: Callable[[str], Any]) -> di
         except UserError as error:
             raise UserError(f"config.init_from.{role}: {error}") from error
     return loaded
-
-
-def shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
-    """Where state and batch live: the state on every device, the batch divided among them."""
-    devices = jax.devices()
-    if batch_size % len(devices):
-        raise UserError(
-            f"config.batch_size is {batch_size}; it must be a multiple of the {len(devices)} "
-            "devices"
-        )
-    mesh = Mesh(np.array(devices), ("data",))
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
 
 def announce(state: Any, progress: metrics.Progress, writer: metrics.Writer) -> None:

@@ -3,7 +3,8 @@
 import contextlib
 import errno
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -12,9 +13,9 @@ from flax import traverse_util
 
 from cfpp.errors import UserError
 
-# Fields that may change between the starts of a run, since no step depends on them. `steps` may
-# only grow.
-OPERATIONAL = ("steps", "log_every", "save_every", "sample_every", "keep", "data.workers")
+# Fields of a stage that may change between the starts of a run, since no step depends on them.
+# `steps` may grow, but not in a job of several stages: others have started from this one.
+OPERATIONAL = ("log_every", "save_every", "sample_every", "keep", "data.workers")
 
 FAULTS_OF_THE_DISK = {
     errno.EACCES: "permission denied",
@@ -86,10 +87,31 @@ def write_config(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
 def read_config(folder: epath.PathLike) -> ml_collections.ConfigDict:
     """The configuration in `folder/config.json`, locked, with tuples where it had tuples.
 
+    Paths of a stage that are relative to the folder are resolved.
+
     Raises:
       UserError: there is none, or it cannot be read.
     """
-    return ml_collections.ConfigDict(_tuples(_read(epath.Path(folder) / "config.json"))).lock()
+    config = ml_collections.ConfigDict(_tuples(_read(epath.Path(folder) / "config.json")))
+    return resolve(config.lock(), folder) if "stage" in config else config.lock()
+
+
+def resolve(config: ml_collections.ConfigDict, folder: epath.PathLike) -> ml_collections.ConfigDict:
+    """A stage's configuration with absolute paths.
+
+    Args:
+      config: its paths that start with '..' are relative to its working directory.
+      folder: this working directory.
+    """
+
+    def absolute(path: str) -> str:
+        return os.path.abspath(os.path.join(folder, path)) if path.startswith("..") else path
+
+    config = config.copy_and_resolve_references().unlock()
+    config.data.directory = absolute(config.data.directory)
+    for role, path in config.init_from.items():
+        config.init_from[role] = absolute(path)
+    return config.lock()
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
@@ -112,18 +134,26 @@ def _check(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     old = traverse_util.flatten_dict(_read(workdir / "config.json"), sep=".")
     new = json.loads(json.dumps(config.to_dict()))
     new = traverse_util.flatten_dict(new, sep=".")
+    jobs = new.get("jobs", ())
     for field in sorted(old.keys() | new.keys()):
-        if field not in OPERATIONAL and old.get(field) != new.get(field):
+        if old.get(field) == new.get(field) or _may_change(field, jobs):
+            continue
+        if field == "steps":
+            if new[field] > old[field]:
+                continue
             raise UserError(
-                f"{workdir} was made with another configuration: {field} was "
-                f"{_show(old, field)} and is now {_show(new, field)}; "
-                "set it back, or choose another --workdir"
+                f"{workdir} was made for {old[field]} steps and config.steps is now {new[field]}; "
+                "it may only grow"
             )
-    if "steps" in new and new["steps"] < old["steps"]:
         raise UserError(
-            f"{workdir} was made for {old['steps']} steps and config.steps is now {new['steps']}; "
-            "it may only grow"
+            f"{workdir} was made with another configuration: {field} was {_show(old, field)} and "
+            f"is now {_show(new, field)}; set it back, or choose another --workdir"
         )
+
+
+def _may_change(field: str, jobs: Sequence[str]) -> bool:
+    first, _, rest = field.partition(".")
+    return (rest if first in jobs else field) in OPERATIONAL or first == "evaluate"
 
 
 def _show(fields: dict[str, Any], field: str) -> str:

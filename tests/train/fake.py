@@ -1,6 +1,6 @@
 """A stage that compiles in no time, its data, and a command that trains it.
 
-    python -m tests.train.fake WORKDIR steps=40 ...
+python -m tests.train.fake WORKDIR steps=40 ...
 """
 
 import sys
@@ -29,8 +29,9 @@ def config(**changes) -> ml_collections.ConfigDict:
             "save_every": 4,
             "sample_every": 0,
             "keep": 2,
-            "data": {"name": "fake", "sizes": (1, 2)},
+            "data": {"name": "fake", "directory": "", "sizes": (1, 2)},
             "model": {"dim": 8},
+            "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1},
             "init_from": {},
             "bad_loss_at": -1,  # the step whose loss is not a number
             "bad_state_at": -1,  # the step that ruins the state, though its loss is fine

@@ -181,14 +181,14 @@ def test_numbers_out_of_range(tmp_path, name, value):
 
 
 def test_unknown_stage(tmp_path):
-    with pytest.raises(UserError, match="config.stage must be fake, got 'nonsense'"):
+    with pytest.raises(UserError, match=r"config\.stage must be fake, got 'nonsense'"):
         loop.train(fake.config(stage="nonsense"), tmp_path)
 
 
 @pytest.mark.parametrize("workdir", ["file/workdir", "file"])
 def test_a_workdir_that_cannot_be_made(tmp_path, workdir):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="not a folder|a file is in the way"):
+    with pytest.raises(UserError, match=r"not a folder|a file is in the way"):
         loop.train(fake.config(), tmp_path / workdir)
 
 

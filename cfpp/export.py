@@ -1,0 +1,35 @@
+"""Writes the model of a stage without its training state, to roll out from or to start from.
+
+python -m cfpp.export --workdir=runs/stage2 --out=models/student
+"""
+
+import argparse
+
+from cfpp.errors import exit_on_user_error
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the command line, and exports.
+
+    Args:
+      arguments: the command line without the program; that of the process if None.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m cfpp.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, help="of a stage, or of a job of several")
+    parser.add_argument("--out", required=True, help="folder to write; must not exist")
+    flags = parser.parse_args(arguments)
+
+    from cfpp.train import checkpoint  # late: a mistake on the command line is told at once
+
+    checkpoint.export(flags.workdir, flags.out)
+    print(f"exported {flags.workdir} to {flags.out}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

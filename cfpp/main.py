@@ -1,0 +1,180 @@
+"""Trains a stage, or runs a job of several stages and its evaluation.
+
+python -m cfpp.main --config=configs/stage1.py --workdir=runs/stage1
+python -m cfpp.main --config=configs/stage2.py:atari,chunk=3 --workdir=DIR --config.steps=500
+
+The same command continues what was interrupted. Modules are imported late: a mistake on the command
+line is told at once.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+from cfpp.errors import UserError, exit_on_user_error
+
+config_flags.DEFINE_config_file("config", help_string="Path of the configuration, maybe with :ARG.")
+flags.DEFINE_string("workdir", None, "Working directory; made if missing.")
+flags.DEFINE_bool("profile", False, "Record some steps for TensorBoard's profiler.")
+
+Config = ml_collections.ConfigDict
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the command line, for `absl.app`.
+
+    Returns:
+      What is left over: the program.
+
+    Raises:
+      UserError: a mistake in it.
+    """
+    path = _config_path(argv)
+    try:
+        left_over = flags.FLAGS(argv)
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_illegal_value(error)) from error
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from error
+    except (AttributeError, KeyError) as error:
+        raise UserError(_unknown_field(argv, path, error)) from error
+    if len(left_over) > 1:
+        raise UserError(f"unexpected argument {left_over[1]!r}; options start with --")
+    if not flags.FLAGS.workdir:
+        raise UserError("--workdir is missing; give the directory for checkpoints and metrics")
+    _check_tuples(path)
+    return left_over
+
+
+def _config_path(argv: list[str]) -> str:
+    """The value of --config."""
+    for index, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-config"):
+            path = value if equals else "".join(argv[index + 1 : index + 2])
+            if not os.path.isfile(path.split(":", 1)[0]):
+                raise UserError(
+                    f"--config={path}: there is no file {path.split(':', 1)[0]!r} in {os.getcwd()}"
+                )
+            return path
+    if any(word.lstrip("-").startswith("help") for word in argv):
+        return ""
+    raise UserError("--config is missing; give a file such as configs/quickstart.py")
+
+
+def _illegal_value(error: flags.IllegalFlagValueError) -> str:
+    """Tells a value of a wrong type, or a config argument that `get_config` refused."""
+    flag = str(error).partition(":")[0].removeprefix("flag ")
+    if not flag.startswith("--config="):
+        return " ".join(str(error).removeprefix("flag ").split())
+    flag, cause = str(error).partition(": Error whilst")[0].removeprefix("flag "), error
+    while cause.__cause__ or cause.__context__:
+        cause = cause.__cause__ or cause.__context__
+    return f"{flag}: {cause}"
+
+
+def _unknown_field(argv: list[str], path: str, error: Exception) -> str:
+    """Tells the first --config.field that the configuration lacks, and the nearest it has."""
+    known = list(_fields(_load(path)))
+    for word in argv:
+        field = word.partition("=")[0].lstrip("-").removeprefix("config.")
+        if word.lstrip("-").startswith("config.") and field not in known:
+            nearest = difflib.get_close_matches(field, known, n=1, cutoff=0.0)
+            return f"--config.{field}: {path} has no such field; the nearest is {nearest[0]}"
+    raise error
+
+
+def _check_tuples(path: str) -> None:
+    """Checks the elements of tuples on the command line, which `config_flags` leaves unchecked."""
+    default = _load(path)
+    for field, value in flags.FLAGS["config"].override_values.items():
+        wanted = config_flags.GetValue(field, default)
+        if isinstance(wanted, tuple) and wanted:
+            kinds = {type(item) for item in wanted} | ({int} if type(wanted[0]) is float else set())
+            if any(type(item) not in kinds for item in value):
+                raise UserError(f"--config.{field}={value}: give a tuple like {wanted}")
+
+
+def _load(path: str) -> Config:
+    return config_flags.ConfigFileFlagParser("config").parse(path)
+
+
+def _fields(config: Config, prefix: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        yield prefix + name
+        if isinstance(value, Config):
+            yield from _fields(value, f"{prefix}{name}.")
+
+
+def run(config: Config, workdir: str, profile: bool = False) -> None:
+    """Trains the stage of a configuration, or the stages in its `jobs` and evaluates them.
+
+    Raises:
+      UserError: whatever the user can mend.
+    """
+    from cfpp.train import checkpoint, loop
+    from cfpp.train import workdir as workdirs
+
+    workdir = workdir if "://" in workdir else os.path.abspath(workdir)
+    if "jobs" not in config:
+        loop.train(_absolute(config), workdir, profile)
+        return
+
+    workdirs.claim(config, workdir)
+    has_trained = False
+    for name in config.jobs:
+        folder = os.path.join(workdir, name)
+        has_trained |= not checkpoint.is_finished(folder, config[name].steps)
+        try:
+            if not loop.train(_absolute(config[name], inside=True), folder, profile):
+                return  # interrupted
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+    if "evaluate" in config:
+        if not has_trained and os.path.exists(os.path.join(workdir, "report", "index.html")):
+            print(f"the report is in {os.path.join(workdir, 'report')}")
+            return
+        from cfpp import evaluate
+
+        evaluate.run(config, workdir)
+
+
+def _absolute(config: Config, inside: bool = False) -> Config:
+    """The configuration with absolute paths, so that it means the same wherever it is started.
+
+    Args:
+      config: of a stage.
+      inside: whether the stage is one of several. Its paths that start with '..' are relative to
+        its own working directory, so that the whole may be moved.
+    """
+
+    def absolute(path: Any) -> Any:
+        if not path or "://" in path or (inside and path.startswith("..")):
+            return path
+        return os.path.abspath(os.path.expanduser(path))
+
+    config = config.copy_and_resolve_references().unlock()
+    config.data.directory = absolute(config.data.directory)
+    for role, path in config.init_from.items():
+        config.init_from[role] = absolute(path)
+    return config.lock()
+
+
+def main(argv: list[str]) -> None:
+    """Runs what the flags say."""
+    del argv
+    run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.profile)
+
+
+if __name__ == "__main__":
+    try:
+        with exit_on_user_error():
+            app.run(main, flags_parser=parse)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command to continue")
