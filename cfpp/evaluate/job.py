@@ -90,7 +90,7 @@ def generated_row(yardstick: Yardstick, row: models.Row) -> table.Result:
     key = jax.random.key(settings.seed)
     clips = model.generate(yardstick.given, yardstick.actions, jax.random.fold_in(key, CLIPS_RNG))
     steps = None
-    if len(yardstick.starts):
+    if len(yardstick.starts) and row.stage != "bidirectional":
         repeated = [
             array[yardstick.starts].repeat(settings.samples, axis=0)
             for array in (yardstick.given, yardstick.actions[:, : settings.context + 1])

@@ -1,13 +1,13 @@
 """Which models of a work directory are evaluated, in which order, and how they generate."""
 
 import dataclasses
+import functools
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -15,13 +15,11 @@ from cfpp.errors import UserError
 from cfpp.evaluate import metrics
 from cfpp.models.network import Network, Params
 from cfpp.rollout import generate
+from cfpp.rollout.stream import Player
 from cfpp.train import checkpoint
 from cfpp.train import workdir as workdirs
 
-SPEED_FRAMES = 24  # of a clip whose generation is timed
-SPEED_REPEATS = 5
-
-Generate = Callable[[np.ndarray, np.ndarray, jax.Array], np.ndarray]
+SPEED_FRAMES = 48  # of a stream that is timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +116,18 @@ class Model(NamedTuple):
     """A loaded row.
 
     Attributes:
-      generate: maps given frames uint8 `[B, K, H, W, 3]`, actions int32 `[B, K + N]` and a key to
-        the next frames, uint8 `[B, N, H, W, 3]`.
+      stream: maps given frames uint8 `[B, K, H, W, 3]`, actions int32 `[B, K + N]` and a key to
+        the frames that follow, as they come: pieces uint8 `[B, n, H, W, 3]`, at least N in all.
       passes: network passes a frame.
     """
 
-    generate: Generate
-    passes: int
+    stream: Callable[[np.ndarray, np.ndarray, jax.Array], Iterator[np.ndarray]]
+    passes: float
+
+    def generate(self, context: np.ndarray, actions: np.ndarray, rng: jax.Array) -> np.ndarray:
+        """The N frames that follow, uint8 `[B, N, H, W, 3]`; arguments as those of `stream`."""
+        pieces = list(self.stream(context, actions, rng))
+        return np.concatenate(pieces, axis=1)[:, : actions.shape[1] - context.shape[1]]
 
 
 def load(row: Row) -> Model:
@@ -133,61 +136,66 @@ def load(row: Row) -> Model:
     network = Network.create(config.model, config.pattern)
     sampler = getattr(generate, row.method)(row.steps, config.shift)
     if row.stage == "bidirectional":
-        return Model(_blockwise(config, network, params, sampler), sampler.steps)
+        stream = functools.partial(_blockwise, network, params, sampler, config.data.frames)
+        return Model(stream, sampler.steps)
     guidance = config.guidance if row.method == "euler" else 1.0  # distilled models have it in them
     rollout = generate.Rollout(network, sampler, guidance)
+    passes = rollout.passes / network.pattern.chunk
+    return Model(functools.partial(_causal, rollout, params), passes)
 
-    def run(context, actions, rng):
-        return np.asarray(rollout.clip(params, context, {"actions": actions}, rng))
 
-    return Model(run, rollout.passes)
+def _causal(
+    rollout: generate.Rollout,
+    params: Params,
+    context: np.ndarray,
+    actions: np.ndarray,
+    rng: jax.Array,
+) -> Iterator[np.ndarray]:
+    """Streams chunk by chunk."""
+    given = context.shape[1]
+    player = Player(rollout, params, context, {"actions": actions[:, :given]}, rng)
+    later = np.pad(actions[:, given:], ((0, 0), (0, player.chunk - 1)), "edge")
+    for first in range(0, actions.shape[1] - given, player.chunk):
+        yield player.play(later[:, first : first + player.chunk])
 
 
 def _blockwise(
-    config: ml_collections.ConfigDict,
     network: Network,
     params: Params,
     sampler: generate.Sampler,
-) -> Generate:
-    """Generation from a bidirectional model, in blocks of the length that it was trained at.
+    frames: int,
+    context: np.ndarray,
+    actions: np.ndarray,
+    rng: jax.Array,
+) -> Iterator[np.ndarray]:
+    """Generates from a bidirectional model, in blocks of the length that it was trained at.
 
     Each block starts from the last frame of the block before.
     """
-    block = config.data.frames - 1  # frames that one pass of the sampler adds
-
-    def run(context, actions, rng):
-        total = actions.shape[1] - context.shape[1]
-        first = context.shape[1] - 1
-        actions = jnp.pad(actions, ((0, 0), (0, block)), "edge")
-        frames = [jnp.asarray(context[:, -1:])]
-        for index, start in enumerate(range(first, first + total, block)):
-            condition = {"actions": actions[:, start : start + block + 1]}
-            key = jax.random.fold_in(rng, index)
-            frames.append(
-                generate.bidirectional_clip(
-                    network, params, frames[-1][:, -1:], condition, key, sampler
-                )
-            )
-        return np.asarray(jnp.concatenate(frames, axis=1)[:, 1 : total + 1])
-
-    return run
+    last = context[:, -1:]
+    actions = np.pad(actions, ((0, 0), (0, frames)), "edge")
+    total = actions.shape[1] - frames
+    for first in range(context.shape[1] - 1, total - 1, frames - 1):
+        condition = {"actions": actions[:, first : first + frames]}
+        key = jax.random.fold_in(rng, first)
+        block = generate.bidirectional_clip(network, params, last, condition, key, sampler)
+        yield np.asarray(block)
+        last = block[:, -1:]
 
 
-def speed(model: Model, video: np.ndarray, actions: np.ndarray) -> metrics.Figure:
-    """Generated frames per second at batch 1, compilation not counted.
+def speed(model: Model, context: np.ndarray, actions: np.ndarray) -> metrics.Figure:
+    """Frames per second at batch 1, from the third piece of a stream on: all is compiled by then.
 
     Args:
       model: a loaded row.
-      video: uint8 `[K, H, W, 3]`, the frames to start from.
-      actions: int32 `[K]`, theirs; they are repeated for the frames to generate.
-
-    Returns:
-      The mean over `SPEED_REPEATS` runs of `SPEED_FRAMES` frames; the error is over the runs.
+      context: uint8 `[K, H, W, 3]`, the frames to start from.
+      actions: int32 `[K]`, theirs, repeated for the frames that follow.
     """
-    actions = jnp.asarray(np.resize(actions, (1, len(video) + SPEED_FRAMES)))
-    rates = []
-    for repeat in range(SPEED_REPEATS + 1):
-        begin = time.perf_counter()
-        model.generate(video[None], actions, jax.random.key(repeat))
-        rates.append(SPEED_FRAMES / (time.perf_counter() - begin))
-    return metrics.average(rates[1:])._replace(values=None)
+    actions = np.resize(actions, (1, len(context) + SPEED_FRAMES)).astype(np.int32)
+    stream = model.stream(context[None], actions, jax.random.key(0))
+    times, frames = [], 0
+    for piece in stream:
+        times.append(time.perf_counter())
+        frames = piece.shape[1]
+    seconds = np.diff(times)[1:]
+    return metrics.jackknife(lambda kept: frames / seconds[kept].mean(), len(seconds))

@@ -22,7 +22,7 @@ def markdown(report: Report) -> str:
         "|---" + "|---:" * (len(heads) - 1) + "|",
     ]
     for row in report.rows:
-        cells = [row.name, "" if row.passes is None else str(row.passes)]
+        cells = [row.name, "" if row.passes is None else f"{row.passes:g}"]
         for column in chosen:
             mean, error = column.text(row.figures.get(column.key))
             cells.append(mean + (f" ± {error}" if error else ""))
@@ -203,7 +203,7 @@ def _html_table(report: Report) -> str:
         kind = "real" if row.key == "real" else "new" if family != before else ""
         before = family
         cells = [f"<td>{html.escape(row.name)}</td>"]
-        cells.append(f"<td>{'' if row.passes is None else row.passes}</td>")
+        cells.append("<td></td>" if row.passes is None else f"<td>{row.passes:g}</td>")
         for column in chosen:
             figure = row.figures.get(column.key)
             mean, error = column.text(figure)

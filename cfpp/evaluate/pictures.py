@@ -31,7 +31,7 @@ def comparison(report: Report) -> np.ndarray:
     for row in report.rows:
         note = "held-out episode"
         if row.passes is not None:
-            note = f"{row.passes} pass{'es' * (row.passes > 1)} a frame"
+            note = f"{row.passes:g} pass{'es' * (row.passes != 1)} a frame"
             note += f", {row.figures['speed'].mean:.0f} frames/s"
         model = row.key.split("_")[0]
         strips.append(media.Strip(row.name, note, row.video[episode, indices], model != last_model))

@@ -28,7 +28,7 @@ class Result(NamedTuple):
 
     key: str
     name: str
-    passes: int | None
+    passes: float | None
     figures: dict[str, metrics.Figure]
     video: np.ndarray
     by_frame: dict[str, list[metrics.Figure]] | None = None
@@ -155,7 +155,8 @@ def columns(report: Report) -> list[Column]:
             f"probabilities (1/4 each), from {settings.samples} samples of each of "
             f"{settings.starts} starts; a ball that is lost or stands still counts as wrong. With "
             f"so few samples a perfect model is expected to score "
-            f"{report.perfect_directions or 0:.3f}. Its error is over starts.",
+            f"{report.perfect_directions or 0:.3f}. Its error is over starts. The bidirectional "
+            "base is left out: it has to make a whole block for one frame.",
         ),
         Column(
             "frechet", "Fréchet", "distance", "less", False, 1,
@@ -217,7 +218,7 @@ def findings(report: Report) -> list[Finding]:
     if final and teacher:
         faster = final.figures["speed"].mean / teacher.figures["speed"].mean
         text = (
-            f"{final.name}, less {teacher.name}, at {final.passes} instead of {teacher.passes} "
+            f"{final.name}, less {teacher.name}, at {final.passes:g} instead of {teacher.passes:g} "
             f"network passes a frame and {faster:.1f} times the frames per second: "
             + _differences(final, teacher, quality)
         )

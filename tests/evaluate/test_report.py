@@ -1,0 +1,218 @@
+"""The job runs on a work directory, and its report is complete, well-formed and true."""
+
+import html.parser
+import json
+import pathlib
+
+import imageio_ffmpeg
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+
+from cfpp.data import sources
+from cfpp.errors import UserError
+from cfpp.evaluate import __main__ as command_line
+from cfpp.evaluate import job, measure, metrics, models, probe, report, table
+from cfpp.train import checkpoint
+from cfpp.train import workdir as workdirs
+from configs import common, quickstart
+
+SETTINGS = dict(episodes=6, frames=4, starts=2, samples=8, probe_steps=2)
+STAGES = ("bidirectional", "ar_diffusion", "dmd")
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A quickstart's work directory whose stages look finished, and its data."""
+    config = quickstart.get_config("smoke")
+    config.evaluate.update(SETTINGS)
+    for name in config.jobs:
+        config[name].data.directory = str(tmp_path / "data")
+        folder = tmp_path / name
+        (folder / "checkpoints" / str(config[name].steps)).mkdir(parents=True)
+        workdirs.write_config(config[name], folder)
+        rows = [{"step": step, "loss": 1 / step, "steps_per_second": 2.0} for step in (1, 2)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    workdirs.write_config(config, tmp_path)
+    sources.prepare(config.stage0.data)
+    return tmp_path
+
+
+def frozen(context, actions, rng):
+    """A "model" that repeats the last given frame."""
+    for _ in range(actions.shape[1] - context.shape[1]):
+        yield context[:, -1:]
+
+
+class Links(html.parser.HTMLParser):
+    """Collects the files that a page shows, and checks that its tags are closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.files, self.rows = [], [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.files += [value for name, value in attrs if name in ("src", "href")]
+        self.rows += tag == "tr"
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load", lambda row: models.Model(frozen, row.steps))
+    job.run(workdirs.read_config(workdir), workdir)
+    folder = workdir / "report"
+    assert str(folder) in capsys.readouterr().out
+
+    results = json.loads((folder / "results.json").read_text())
+    keys = [row["key"] for row in results["rows"]]
+    students = [f"{stage}_{steps}" for stage in ("cd", "dmd") for steps in (1, 2, 4)]
+    assert keys == ["real", "ar_48", "ar_1", "ar_2", *students, "base_48"]
+    real, fake = results["rows"][0]["figures"], results["rows"][1]["figures"]
+    assert real["agent_error"]["mean"] < 0.1 and real["intact_4"]["mean"] == 1
+    assert real["allowed"]["mean"] == 1
+    assert fake["agent_error"]["mean"] > 0.5 and fake["allowed"]["mean"] == 0
+    assert fake["directions"]["mean"] == 1 > real["directions"]["mean"]
+    assert fake["intact_1"]["mean"] == 1 and "intact_9" not in fake
+    assert fake["speed"]["mean"] > 0 and "speed" not in real
+    assert "directions" not in results["rows"][-1]["figures"]
+    assert results["real_score"] == "causal"
+    assert [job["seconds_in_steps"] for job in results["jobs"]] == [1.0] * 4
+
+    page = Links()
+    page.feed((folder / "index.html").read_text())
+    assert not page.open
+    assert all((folder / file).is_file() for file in page.files)
+    assert page.rows == 2 + len(keys) + 1 + 4
+    readme = (folder / "README.md").read_text()
+    for row in results["rows"]:
+        assert f"| {row['name']} |" in readme and f"(videos/{row['key']}.mp4)" in readme
+        path = folder / "videos" / f"{row['key']}.mp4"
+        assert imageio_ffmpeg.count_frames_and_secs(str(path))[0] == 5
+    for name in ("comparison.png", "by_frame.png", "loss.png"):
+        Image.open(folder / name).verify()
+        assert f"({name})" in readme
+    assert "the causal AR teacher of stage 1" in readme
+
+
+def test_single_stage_and_flags(workdir, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda row: models.Model(frozen, row.steps))
+    flags = [f"--{name}={value}" for name, value in SETTINGS.items() if name != "episodes"]
+    command_line.main([f"--workdir={workdir / 'stage2'}", "--episodes=4", *flags])
+    results = json.loads((workdir / "stage2" / "report" / "results.json").read_text())
+    assert [row["key"] for row in results["rows"]] == ["real", "cd_1", "cd_2", "cd_4"]
+    assert results["settings"]["episodes"] == 4 and results["real_score"] is None
+
+
+def test_other_worlds_leave_out_the_physics(tmp_path):
+    rng = np.random.default_rng(0)
+    video = rng.integers(0, 256, (4, 5, 64, 64, 3)).astype(np.uint8)
+    actions = rng.integers(0, 18, (4, 5)).astype(np.int32)
+    settings = measure.Settings(**SETTINGS)
+    scale = np.ones(32)
+    episodes = [{"video": v, "actions": a} for v, a in zip(video, actions, strict=True)]
+    yardstick = measure.Yardstick(
+        settings, video, actions, None, np.zeros(0, int), probe.train(episodes, 18, 1), scale,
+        measure.features.windows(video, scale),
+    )  # fmt: skip
+    rows = [job.real_row(yardstick)]
+    figures = rows[0].figures | {"speed": metrics.Figure(100.0, 1.0)}
+    rows.append(table.Result("dmd_2", "Student", 2, figures, video))
+    written = table.Report(
+        data="atari:Boxing", settings=settings, rows=rows, actions=actions, num_actions=18,
+        jobs=[], real_score="bidirectional", perfect_directions=None, seconds=1.0, machine="M",
+        versions={},
+    )  # fmt: skip
+    report.write(written, tmp_path / "report")
+    readme = (tmp_path / "report" / "README.md").read_text()
+    assert "Action accuracy" in readme and "the bidirectional base of stage 0" in readme
+    assert not any(word in readme for word in ("intact", "Agent error", "Directions", "loss.png"))
+    assert not (tmp_path / "report" / "by_frame.png").exists()
+
+
+def test_verdicts_need_two_standard_errors():
+    def result(key, mean, error):
+        figures = {"frechet": metrics.Figure(mean, error), "speed": metrics.Figure(1.0, 0.0)}
+        return table.Result(key, key, 1, figures, np.zeros((2, 5, 32, 32, 3), np.uint8))
+
+    def stage_3(mean):
+        rows = [result("real", 1.0, 0.1), result("cd_2", 20.0, 3.0), result("dmd_2", mean, 4.0)]
+        written = table.Report(
+            "arena", measure.Settings(), rows, np.zeros((2, 5), int), 5, [], "causal", None, 1.0,
+            "M", {},
+        )  # fmt: skip
+        return next(found.text for found in table.findings(written) if "Stage 3 at" in found.topic)
+
+    assert "(better)" in stage_3(9.0)
+    assert "(no clear difference)" in stage_3(11.0)
+    assert "(worse)" in stage_3(31.0)
+
+
+# ---------------------------------------------------------------------------------------- faults
+
+
+def test_nothing_to_evaluate(workdir, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere has no config.json; give the --workdir"):
+        models.find_stages(tmp_path / "nowhere")
+    config = workdirs.read_config(workdir)
+    for name in config.jobs[1:]:
+        (workdir / name / "checkpoints" / str(config[name].steps)).rmdir()
+    assert [folder.name for folder in models.find_stages(workdir)] == ["stage0"]
+    (workdir / "stage0" / "checkpoints" / str(config.stage0.steps)).rmdir()
+    with pytest.raises(UserError, match="no stage has finished"):
+        models.find_stages(workdir)
+    with pytest.raises(UserError, match="no stage has finished"):
+        models.find_stages(workdir / "stage1")
+
+
+def test_settings_out_of_range(workdir):
+    for name, value in {"episodes": 1, "frames": 0, "context": 0, "samples": -1}.items():
+        with pytest.raises(UserError, match=f"evaluate.{name} is {value}; it must be at least"):
+            measure.Settings(**{name: value})
+    with pytest.raises(UserError, match="test split of arena has"):
+        job.evaluate(workdir / "stage1", measure.Settings(episodes=100))
+
+
+def test_report_that_cannot_be_written(workdir, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda row: models.Model(frozen, row.steps))
+    (workdir / "stage1" / "report").write_text("in the way")
+    with pytest.raises(UserError, match="the report cannot be written"):
+        job.evaluate(workdir / "stage1", measure.Settings(**SETTINGS))
+
+
+# ---------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_models_generate(stage, monkeypatch):
+    from flax import linen as nn
+
+    from cfpp.models.network import Network
+
+    config = common.base(stage, common.parse("smoke"))
+    config.model.update(
+        {"dim": 32, "ffn_dim": 32, "heads": 1, "layers": 1, "height": 16, "width": 16}
+    )
+    config.data.frames = 3
+    network = Network.create(config.model, config.pattern)
+    params = nn.meta.unbox(network.init(jax.random.key(0)))
+    monkeypatch.setattr(checkpoint, "load_model", lambda path: (config, params))
+    stages = {pathlib.Path("x"): ml_collections.ConfigDict({"stage": stage})}
+    row = models.find_rows(stages)[-1]
+    model = models.load(row)
+    assert model.passes == row.steps
+    context = np.random.default_rng(0).integers(0, 256, (2, 1, 16, 16, 3)).astype(np.uint8)
+    actions = np.random.default_rng(0).integers(0, 5, (2, 6)).astype(np.int32)
+    video = model.generate(context, actions, jax.random.key(0))
+    assert video.shape == (2, 5, 16, 16, 3) and video.dtype == np.uint8
+    # Other actions later leave earlier frames (blocks, for the base) as they are.
+    actions[:, 5] = (actions[:, 5] + 1) % 5
+    other = model.generate(context, actions, jax.random.key(0))
+    np.testing.assert_array_equal(other[:, :4], video[:, :4])
+    rate = models.speed(model, context[0], actions[0, :1])
+    assert rate.mean > 0 and np.isfinite(rate.error)
