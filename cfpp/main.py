@@ -9,13 +9,15 @@ line is told at once.
 
 import difflib
 import os
+import runpy
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
+from ml_collections.config_flags import config_path
 
 from cfpp.errors import UserError, exit_on_user_error
 
@@ -94,7 +96,7 @@ def _check_tuples(path: str) -> None:
     """Checks the elements of tuples on the command line, which `config_flags` leaves unchecked."""
     default = _load(path)
     for field, value in flags.FLAGS["config"].override_values.items():
-        wanted = config_flags.GetValue(field, default)
+        wanted = config_path.get_value(field, default)
         if isinstance(wanted, tuple) and wanted:
             kinds = {type(item) for item in wanted} | ({int} if type(wanted[0]) is float else set())
             if any(type(item) not in kinds for item in value):
@@ -102,7 +104,9 @@ def _check_tuples(path: str) -> None:
 
 
 def _load(path: str) -> Config:
-    return config_flags.ConfigFileFlagParser("config").parse(path)
+    """The configuration as its file has it, without the command line."""
+    file, *arg = path.split(":", 1)
+    return runpy.run_path(file)["get_config"](*arg)
 
 
 def _fields(config: Config, prefix: str = "") -> Iterator[str]:
@@ -169,6 +173,8 @@ def _absolute(config: Config, inside: bool = False) -> Config:
 def main(argv: list[str]) -> None:
     """Runs what the flags say."""
     del argv
+    if not flags.FLAGS["verbosity"].present:  # Orbax tells much of itself
+        logging.set_verbosity(logging.WARNING)
     run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.profile)
 
 
