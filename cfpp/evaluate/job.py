@@ -91,12 +91,7 @@ def generated_row(yardstick: Yardstick, row: models.Row) -> table.Result:
     clips = model.generate(yardstick.given, yardstick.actions, jax.random.fold_in(key, CLIPS_RNG))
     steps = None
     if len(yardstick.starts) and row.stage != "bidirectional":
-        repeated = [
-            array[yardstick.starts].repeat(settings.samples, axis=0)
-            for array in (yardstick.given, yardstick.actions[:, : settings.context + 1])
-        ]
-        steps = model.generate(*repeated, jax.random.fold_in(key, STARTS_RNG))
-        steps = steps.reshape(len(yardstick.starts), settings.samples, *steps.shape[2:])
+        steps = first_steps(yardstick, model, jax.random.fold_in(key, STARTS_RNG))
     figures = measure.figures(yardstick, clips, steps)
     figures["speed"] = models.speed(
         model, yardstick.given[0], yardstick.actions[0, : settings.context]
@@ -105,6 +100,28 @@ def generated_row(yardstick: Yardstick, row: models.Row) -> table.Result:
     return table.Result(
         row.key, row.name, model.passes, figures, video, _by_frame(yardstick, clips)
     )
+
+
+def first_steps(yardstick: Yardstick, model: models.Model, rng: jax.Array) -> np.ndarray:
+    """Samples the frame after each start, uint8 `[S, N, H, W, 3]`.
+
+    They are generated in batches of as many as there are episodes: the program is compiled for
+    that size already.
+    """
+    settings = yardstick.settings
+    wanted = yardstick.starts.repeat(settings.samples)
+    batches = -(-len(wanted) // settings.episodes)
+    episodes = np.resize(wanted, (batches, settings.episodes))
+    frames = [
+        model.generate(
+            yardstick.given[batch],
+            yardstick.actions[batch, : settings.context + 1],
+            jax.random.fold_in(rng, index),
+        )
+        for index, batch in enumerate(episodes)
+    ]
+    frames = np.concatenate(frames)[: len(wanted), 0]
+    return frames.reshape(len(yardstick.starts), settings.samples, *frames.shape[1:])
 
 
 def _by_frame(yardstick: Yardstick, clips: np.ndarray):

@@ -179,7 +179,8 @@ def _blockwise(
         condition = {"actions": actions[:, first : first + frames]}
         key = jax.random.fold_in(rng, first)
         block = generate.bidirectional_clip(network, params, last, condition, key, sampler)
-        yield np.asarray(block)
+        block = np.asarray(block)
+        yield block
         last = block[:, -1:]
 
 
