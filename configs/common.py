@@ -114,7 +114,7 @@ def model(options: ConfigDict) -> ConfigDict:
 
 
 def muon(rate: float = 0.02, adam_rate: float = 2e-3) -> ConfigDict:
-    """Muon on the blocks' matrices, Adam on the rest: by far the fastest start for small models."""
+    """Muon on all matrices, Adam on the rest: by far the fastest start for small models."""
     config = optimizer("muon", rate)
     config.adam_rate = adam_rate
     return config

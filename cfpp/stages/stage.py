@@ -66,7 +66,7 @@ def inherit(template: Params, parent: Params) -> Params:
 def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
     """The optimizer of `config.optimizer`: 'adamw' or 'muon', clipped, warmed up and decayed.
 
-    Muon orthogonalises the updates of the blocks' matrices; Adam moves everything else.
+    Muon orthogonalises the updates of all matrices; Adam moves everything else.
     """
     rates = {
         "constant": lambda peak: optax.schedules.warmup_constant_schedule(0.0, peak, config.warmup),
@@ -86,21 +86,21 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
             adam_b1=config.b1,
             adam_b2=config.b2,
             weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=_matrices_of_blocks,
+            muon_weight_dimension_numbers=_matrices,
         )
     else:
         raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {config.name!r}")
     return optax.chain(optax.clip_by_global_norm(config.clip), update)
 
 
-def _matrices_of_blocks(params: Params) -> Any:
-    """Muon's dimension numbers: the stacked `[layers, in, out]` kernels of the blocks."""
-    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+def _matrices(params: Params) -> Any:
+    """Muon's dimension numbers: all kernels, `[in, out]` or, in the blocks, `[layers, in, out]`."""
 
     def number(path, leaf):
-        in_block = any(getattr(key, "key", None) == "blocks" for key in path)
-        is_kernel = any(getattr(key, "key", None) == "kernel" for key in path)
-        return matrix if in_block and is_kernel else None
+        names = [getattr(key, "key", None) for key in path]
+        if "kernel" not in names:
+            return None
+        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
 
     return jax.tree_util.tree_map_with_path(number, params)
 

@@ -1,0 +1,78 @@
+"""Runs a quickstart in a new directory and records what it cost and what came out.
+
+python benchmarks/quickstart.py            # or: smoke, long, atari
+
+Writes `benchmarks/results/quickstart[_VARIANT].json`: seconds and peak memory of the whole process,
+the report's table, and how fast the 2-step student streams at batch 1.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+VARIANTS = ("", "smoke", "long", "atari")
+
+
+def run(variant: str, workdir: pathlib.Path) -> dict:
+    """Runs the quickstart, then streams from its student; returns the figures."""
+    config = "configs/quickstart.py" + (f":{variant}" if variant else "")
+    begin = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "cfpp.main", f"--config={config}", f"--workdir={workdir}"],
+        check=True,
+    )
+    seconds = time.perf_counter() - begin
+    kibibytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    out = workdir / "stream.mp4"
+    command = ["-m", "cfpp.rollout", f"--workdir={workdir}", "--frames=1000", f"--out={out}"]
+    stream = subprocess.run(
+        [sys.executable, *command],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    return {
+        "variant": variant or "default",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
+        "cores": len(os.sched_getaffinity(0)),
+        "jax": jax.__version__,
+        "seconds": round(seconds),
+        "peak_gib": round(kibibytes / 2**20, 2),
+        "stream_frames_per_second": float(re.search(r"then: (\d+) frames/s", stream).group(1)),
+        "stream_first_frame_ms": float(re.search(r"first frame after: ([\d.]+)", stream).group(1)),
+        "report": json.loads((workdir / "report" / "results.json").read_text()),
+    }
+
+
+def main() -> None:
+    """Reads the command line and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("variant", nargs="?", default="", choices=VARIANTS)
+    parser.add_argument("--workdir", type=pathlib.Path, help="kept; by default a temporary one")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        workdir = options.workdir or pathlib.Path(temporary) / "quickstart"
+        if workdir.exists():
+            sys.exit(f"error: {workdir} exists; a measured run starts from nothing")
+        results = run(options.variant, workdir)
+    RESULTS.mkdir(exist_ok=True)
+    name = "quickstart" + (f"_{options.variant}" if options.variant else "")
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    print({key: value for key, value in results.items() if key != "report"})
+
+
+if __name__ == "__main__":
+    main()
