@@ -41,16 +41,16 @@ def parse(argv: list[str]) -> list[str]:
     try:
         left_over = flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
-        raise UserError(_illegal_value(error)) from error
+        raise UserError(_illegal_value(path, error)) from error
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
     except (AttributeError, KeyError) as error:
         raise UserError(_unknown_field(argv, path, error)) from error
+    _check_tuples(path)
     if len(left_over) > 1:
         raise UserError(f"unexpected argument {left_over[1]!r}; options start with --")
     if not flags.FLAGS.workdir:
         raise UserError("--workdir is missing; give the directory for checkpoints and metrics")
-    _check_tuples(path)
     return left_over
 
 
@@ -70,15 +70,19 @@ def _config_path(argv: list[str]) -> str:
     raise UserError("--config is missing; give a file such as configs/quickstart.py")
 
 
-def _illegal_value(error: flags.IllegalFlagValueError) -> str:
-    """Tells a value of a wrong type, or a config argument that `get_config` refused."""
-    flag = str(error).partition(":")[0].removeprefix("flag ")
-    if not flag.startswith("--config="):
-        return " ".join(str(error).removeprefix("flag ").split())
-    flag, cause = str(error).partition(": Error whilst")[0].removeprefix("flag "), error
-    while cause.__cause__ or cause.__context__:
-        cause = cause.__cause__ or cause.__context__
-    return f"{flag}: {cause}"
+def _illegal_value(path: str, error: flags.IllegalFlagValueError) -> str:
+    """Tells a config argument that `get_config` refused, or a value of a wrong type."""
+    flag = str(error).partition(": ")[0].removeprefix("flag ")
+    if flag == f"--config={path}":
+        cause = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        return f"{flag}: {cause}"
+    field = flag.partition("=")[0].removeprefix("--config.")
+    default = config_path.get_value(field, _load(path))
+    if isinstance(default, Config):
+        return f"{flag}: this is a group of fields; set --config.{field}.{next(iter(default))}, ..."
+    return f"{flag}: give a value of type {type(default).__name__}, as the default {default!r}"
 
 
 def _unknown_field(argv: list[str], path: str, error: Exception) -> str:
@@ -100,7 +104,7 @@ def _check_tuples(path: str) -> None:
         if isinstance(wanted, tuple) and wanted:
             kinds = {type(item) for item in wanted} | ({int} if type(wanted[0]) is float else set())
             if any(type(item) not in kinds for item in value):
-                raise UserError(f"--config.{field}={value}: give a tuple like {wanted}")
+                raise UserError(f"--config.{field}={value}: give a tuple, as the default {wanted}")
 
 
 def _load(path: str) -> Config:

@@ -13,14 +13,19 @@ An export is a folder with the same `model` and `fingerprint` and the `config.js
 
 import contextlib
 import dataclasses
+import errno
 import functools
+import os
+import shutil
 from collections.abc import Callable, Iterator
+from logging import LogRecord, getLogger
 from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -31,6 +36,15 @@ from cfpp.train import workdir as workdirs
 
 Tree = Any
 MODEL, STATE, DATA, FINGERPRINT = "model", "state", "data", "fingerprint"
+
+
+def _is_news(record: LogRecord) -> bool:
+    """False for Orbax's tracebacks: it raises these exceptions too, and they are told in a line."""
+    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
+
+
+for _logger in ("absl", "asyncio"):
+    getLogger(_logger).addFilter(_is_news)
 
 
 class DamageError(Exception):
@@ -102,6 +116,8 @@ class Checkpoints:
           UserError: the disk does not take this checkpoint, or did not take the one before.
         """
         with _saving(self.directory):
+            self._manager.wait_until_finished()
+            _check_room(self.directory, state)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -154,27 +170,19 @@ def inspect(state: Tree) -> tuple[bool, dict[str, int]]:
 
     Returns:
       Whether all its numbers are finite, and its fingerprint: for `model` and `state` the sum of
-      all bits, taken as unsigned integers, modulo 2**32, whatever the sharding.
+      all bits, taken as unsigned integers, modulo 2**32.
     """
-    finite, fingerprint = jax.device_get(_inspect({MODEL: state.ema, STATE: _without_ema(state)}))
-    return bool(finite), {name: int(value) for name, value in fingerprint.items()}
-
-
-@jax.jit
-def _inspect(items: dict[str, Tree]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    floats = [x for x in jax.tree.leaves(items) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats]))
+    items = {MODEL: state.ema, STATE: _without_ema(state)}
+    # On the host: compiling a sum for every shape takes seconds, and saving copies it all anyway.
+    floats = (x for x in jax.tree.leaves(items) if jnp.issubdtype(x.dtype, jnp.inexact))
+    finite = all(np.all(np.isfinite(np.asarray(x))) for x in floats)
     return finite, {name: _sum_of_bits(item) for name, item in items.items()}
 
 
-@jax.jit
-def _sum_of_bits(tree: Tree) -> jax.Array:
-    total = jnp.uint32(0)
-    for leaf in jax.tree.leaves(tree):
-        if leaf.dtype != jnp.bool_:
-            leaf = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
-        total += jnp.sum(leaf, dtype=jnp.uint32)
-    return total
+def _sum_of_bits(tree: Tree) -> int:
+    leaves = (np.asarray(leaf) for leaf in jax.tree.leaves(tree))
+    sums = (np.sum(x.view(f"uint{8 * x.dtype.itemsize}"), dtype=np.uint32) for x in leaves)
+    return sum(map(int, sums)) % 2**32
 
 
 def _check_fingerprint(found: dict[str, int], wanted: dict[str, int]) -> None:
@@ -276,11 +284,13 @@ def export(path: epath.PathLike, out: epath.PathLike) -> None:
     config, params = load_model(path)
     temporary = out.with_name(out.name + ".tmp")
     with _saving(out), ocp.Checkpointer(_export_handler()) as checkpointer:
+        temporary.mkdir(parents=True, exist_ok=True)
+        _check_room(temporary, params)
         checkpointer.save(
             temporary.absolute(),
             args=ocp.args.Composite(
                 model=ocp.args.StandardSave(params),
-                fingerprint=ocp.args.JsonSave({MODEL: int(_sum_of_bits(params))}),
+                fingerprint=ocp.args.JsonSave({MODEL: _sum_of_bits(params)}),
             ),
             force=True,
         )
@@ -312,7 +322,7 @@ def _read_model(folder: epath.Path, sharding: jax.sharding.Sharding | None = Non
                     model=ocp.args.StandardRestore(template), fingerprint=ocp.args.JsonRestore()
                 ),
             )
-        found = {MODEL: int(_sum_of_bits(restored[MODEL]))}
+        found = {MODEL: _sum_of_bits(restored[MODEL])}
         _check_fingerprint(found, restored[FINGERPRINT])
     return restored[MODEL]
 
@@ -365,6 +375,17 @@ def _damage() -> Iterator[None]:
         raise
     except Exception as error:
         raise DamageError(_first_line(error)) from error
+
+
+def _check_room(directory: epath.Path, tree: Tree) -> None:
+    """Refuses to start what the disk has no room for. (Orbax hardly packs floats any smaller.)"""
+    if "://" in os.fspath(directory):
+        return
+    needed, free = sum(x.nbytes for x in jax.tree.leaves(tree)), shutil.disk_usage(directory).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC, f"No space left on device for {needed:,} bytes ({free:,} are free)"
+        )
 
 
 @contextlib.contextmanager

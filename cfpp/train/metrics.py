@@ -117,7 +117,7 @@ class Progress:
         """Shows a step whose loss is known; returns the steps a second since the last log."""
         now = time.monotonic()
         self._rate = (step - self._mark[0]) / max(now - self._mark[1], 1e-9)
-        self._mark, self._loss = (step, now), loss
+        self._mark, self._loss, self._written = (step, now), loss, now
         if self._out.isatty():
             self._rewrite(self._line(step))
         else:

@@ -1,0 +1,164 @@
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from unittest import mock
+
+import ml_collections
+import pytest
+
+from cfpp import main
+from cfpp.errors import UserError
+from cfpp.train import checkpoint, loop
+from tests.train import fake
+
+ROOT = pathlib.Path(__file__).parent.parent
+STAGE1 = "--config=configs/stage1.py"
+
+
+def command(*arguments, module="cfpp.main"):
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--config is missing; give a file such as configs/quickstart.py"),
+        (["--config=configs/stage9.py"], "there is no file 'configs/stage9.py'"),
+        (["--config=configs/stage1.py:nonsense"], "config argument 'nonsense' is none of arena"),
+        ([STAGE1, "--config.modle.dim=64"], "no such field; the nearest is model.dim"),
+        ([STAGE1, "--config.model.dmi=64"], "no such field; the nearest is model.dim"),
+        (["--config=configs/quickstart.py", "--config.stage1.step=3"], "nearest is stage1.steps"),
+        ([STAGE1, "--config.steps.x=3"], "no such field; the nearest is steps"),
+        ([STAGE1, "--config.steps=many"], "--config.steps=many: give a value of type int, as the"),
+        ([STAGE1, "--config.steps=1.5"], "--config.steps=1.5: give a value of type int"),
+        ([STAGE1, "--config.model=3"], "--config.model=3: this is a group of fields; set --config"),
+        (
+            ["--config=configs/stage3.py", "--config.positions=(1,'a')"],
+            "give a tuple, as the default (1",
+        ),
+        ([STAGE1, "--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+        ([STAGE1, "--workdir=x", "steps=3"], "unexpected argument 'steps=3'"),
+        ([STAGE1], "--workdir is missing"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_help():
+    done = command("--help")
+    assert "--workdir" in done.stdout and done.returncode < 2
+
+
+def test_sigterm_saves_and_exits_cleanly(tmp_path):
+    """A real stage, tiny."""
+    smaller = {
+        "data.directory": tmp_path / "data", "data.episodes": 2, "data.frames": 2,
+        "data.episode_frames": 4, "model.dim": 16, "model.layers": 1, "model.frequency_dim": 8,
+        "optimizer.name": "adamw", "steps": 1_000_000, "save_every": 1_000_000, "log_every": 1,
+    }  # fmt: skip
+    train = [sys.executable, "-m", "cfpp.main", "--config=configs/stage0.py:smoke"]
+    train += [f"--config.{name}={value}" for name, value in smaller.items()]
+    run = subprocess.Popen(
+        [*train, f"--workdir={tmp_path / 'run'}"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    )  # fmt: skip
+    for line in run.stdout:
+        if "step " in line:
+            run.send_signal(signal.SIGTERM)
+            break
+    out, err = run.communicate()
+    assert run.returncode == 0 and "Traceback" not in err
+    (step,) = checkpoint.steps(tmp_path / "run" / "checkpoints")
+    assert f"interrupted at step {step}, saved; run the same command to continue" in out
+
+
+@pytest.fixture
+def job():
+    """Two stages, the second from the first, and an evaluation that only notes that it ran."""
+
+    def evaluate(config, workdir):
+        report = pathlib.Path(workdir) / "report"
+        report.mkdir()
+        (report / "index.html").write_text("")
+
+    config = ml_collections.ConfigDict(
+        {
+            "jobs": ("first", "second"),
+            "first": fake.config(steps=3),
+            "second": fake.config(init_from={"teacher": "../first"}, steps=2),
+            "evaluate": {"frames": 3},
+        }
+    )
+    patches = [*fake.patches(), mock.patch("cfpp.evaluate.run", side_effect=evaluate)]
+    evaluation = [patch.start() for patch in patches][-1]
+    yield config, evaluation
+    for patch in patches:
+        patch.stop()
+
+
+def test_a_job_of_several_stages(job, tmp_path, capsys):
+    config, evaluation = job
+    main.run(config, str(tmp_path / "job"))
+    assert checkpoint.is_finished(tmp_path / "job/first", 3)
+    assert checkpoint.is_finished(tmp_path / "job/second", 2)
+    assert evaluation.call_count == 1
+
+    (tmp_path / "job").rename(tmp_path / "moved")
+    capsys.readouterr()
+    main.run(config, str(tmp_path / "moved"))  # finished, wherever it is
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in told[:2]] == ["fake: finished"] * 2
+    assert told[2] == f"the report is in {tmp_path / 'moved/report'}"
+    assert evaluation.call_count == 1
+    assert checkpoint.load_model(tmp_path / "moved")[0].init_from.teacher == str(
+        tmp_path / "moved/first"
+    )
+
+
+def test_a_job_of_several_stages_refuses_another_config(job, tmp_path):
+    config, _ = job
+    main.run(config, str(tmp_path))
+    config.second.log_every = 1
+    config.evaluate.frames = 4
+    main.run(config, str(tmp_path))
+    config.first.steps = 4  # the second has started from step 3
+    with pytest.raises(UserError, match=r"first\.steps was 3 and is now 4"):
+        main.run(config, str(tmp_path))
+
+
+def test_an_interrupted_stage_ends_the_job(job, tmp_path):
+    config, evaluation = job
+    with mock.patch.object(loop, "train", return_value=False) as train:
+        main.run(config, str(tmp_path))
+    assert train.call_count == 1 and not evaluation.called
+
+
+def test_errors_name_the_job(job, tmp_path):
+    config, _ = job
+    config.second.init_from.teacher = "../frist"
+    with pytest.raises(UserError, match=r"^second: config\.init_from\.teacher: .*frist does not"):
+        main.run(config, str(tmp_path))
+
+
+def test_paths_mean_the_same_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with mock.patch.object(loop, "train") as train:
+        main.run(fake.config(init_from={"teacher": "../runs/a"}), "runs/b")
+    config, workdir, _ = train.call_args.args
+    assert config.init_from.teacher == str(tmp_path.parent / "runs/a")
+    assert workdir == str(tmp_path / "runs/b")
+
+
+def test_export_mistakes_are_one_line(tmp_path):
+    done = command("--workdir=nowhere", f"--out={tmp_path / 'out'}", module="cfpp.export")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nowhere does not exist") and done.stderr.count("\n") == 1
