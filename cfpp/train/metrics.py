@@ -76,6 +76,7 @@ def _rows_until(last_step: int, text: str) -> list[str]:
 def _tensorboard(folder: epath.Path):
     """Clu's writer to TensorBoard, in a thread of its own; None where TensorFlow is missing."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # which would be announced on stderr
     try:
         from clu import metric_writers  # imports TensorFlow: seconds, so only here
     except ImportError:

@@ -68,5 +68,6 @@ def main(workdir: pathlib.Path, undisturbed: pathlib.Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
+    sys.modules["tensorflow"] = None  # takes seconds to import, and has no part in this
     jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
     main(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3]))

@@ -16,7 +16,6 @@ from cfpp.train import workdir as workdirs
 from tests.train import fake
 from tests.train.test_loop import final_state
 
-
 # Orbax leaves the tasks of a write that failed, or a read, to themselves.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
