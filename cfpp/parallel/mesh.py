@@ -5,6 +5,7 @@ the axes of the mesh. Optimizer states and averages mirror the parameters, so th
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -31,13 +32,17 @@ RULES = (
 )
 
 
-def create(config: ml_collections.ConfigDict) -> Mesh:
+def create(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh`: a size for each of `AXES`, -1 for whatever is left.
+
+    Args:
+      config: the sizes.
+      devices: all there are, by default.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    sizes, devices = [config[axis] for axis in AXES], jax.devices()
+    sizes, devices = [config[axis] for axis in AXES], devices or jax.devices()
     shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 for size in sizes if size != -1):
         raise UserError(f"config.mesh is {shown}; sizes are at least 1, and at most one of them -1")
@@ -45,7 +50,7 @@ def create(config: ml_collections.ConfigDict) -> Mesh:
     if len(devices) % given or (-1 not in sizes and given != len(devices)):
         raise UserError(f"config.mesh is {shown}; it does not multiply to {len(devices)} devices")
     shape = [len(devices) // given if size == -1 else size for size in sizes]
-    return Mesh(mesh_utils.create_device_mesh(shape), AXES)
+    return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES)
 
 
 def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:

@@ -216,6 +216,7 @@ def test_bad_parents(finished, tmp_path):
     assert "config.init_from.techer is no parent of stage fake, which takes teacher" in text
     text = message("4", init_from={"teacher": str(finished)}, model={"dim": 16})
     assert "parameter bias is float32[8] there and float32[16] in this configuration" in text
+    assert text.startswith(f"config.init_from (teacher={finished}): ")
     required = mock.patch(
         "cfpp.stages.build", lambda config: fake.build(config)._replace(required=("teacher",))
     )

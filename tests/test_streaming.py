@@ -1,0 +1,112 @@
+"""`python -m cfpp.rollout` on a tiny working directory: what it writes, what it refuses."""
+
+import importlib
+
+import imageio.v3 as imageio
+import jax
+import numpy as np
+import pytest
+
+from cfpp import media
+from cfpp.errors import UserError
+from cfpp.rollout import __main__ as command
+from cfpp.rollout import generate
+from cfpp.rollout.stream import Player
+from cfpp.train import checkpoint, loop
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A stage-1 run of one step on the arena."""
+    folder = tmp_path_factory.mktemp("run")
+    config = importlib.import_module("configs.stage1").get_config("smoke")
+    config.steps = 1
+    config.batch_size = 2
+    config.model.update({"dim": 24, "ffn_dim": 32, "heads": 2, "unroll": 1})
+    config.data.update({"directory": str(folder / "data"), "episodes": 2, "episode_frames": 16})
+    assert loop.train(config.lock(), folder / "stage1")
+    return folder / "stage1"
+
+
+def stream(workdir, *arguments):
+    out = workdir / "out.mp4"
+    options = command.parse([f"--workdir={workdir}", f"--out={out}", "--scale=1", *arguments])
+    command.run(options)
+    return imageio.imread(out)
+
+
+def test_any_number_of_frames(workdir, capsys):
+    video = stream(workdir, "--frames=11", "--steps=2")
+    assert video.shape == (11, 32, 32, 3)
+    said = capsys.readouterr().out
+    assert "first frame after:" in said and "frames/s" in said
+    assert "network passes a frame: 2" in said
+
+
+def test_latency_mode_counts_its_pass(workdir, capsys):
+    stream(workdir, "--frames=2", "--steps=2", "--latency")
+    assert "network passes a frame: 3" in capsys.readouterr().out
+
+
+def test_export_is_enough(workdir, tmp_path):
+    checkpoint.export(workdir, tmp_path / "export")
+    arguments = ["--frames=2", "--steps=1", "--scale=1", f"--out={tmp_path / 'x.mp4'}"]
+    command.run(command.parse([f"--checkpoint={tmp_path / 'export'}", *arguments]))
+    first = imageio.imread(tmp_path / "x.mp4")
+    np.testing.assert_array_equal(first, stream(workdir, "--frames=2", "--steps=1"))
+
+
+def test_starts_from_a_picture(workdir, tmp_path):
+    picture = tmp_path / "first.png"
+    media.write_image(picture, np.zeros((32, 32, 3), np.uint8))
+    assert len(stream(workdir, "--frames=2", f"--first_frame={picture}")) == 2
+    media.write_image(picture, np.zeros((16, 32, 3), np.uint8))
+    with pytest.raises(UserError, match="32 wide and 16 high"):
+        stream(workdir, f"--first_frame={picture}")
+    picture.write_text("no picture")
+    with pytest.raises(UserError, match="not a picture"):
+        stream(workdir, f"--first_frame={picture}")
+
+
+def test_stream_is_the_clip(workdir):
+    """The player's frames are those of the one-scan rollout, however long it has run."""
+    config, params = checkpoint.load_model(workdir)
+    rollout = generate.for_stage(config, steps=2)
+    rng = np.random.default_rng(0)
+    context = rng.integers(0, 256, (1, 1, 32, 32, 3), dtype=np.uint8)
+    actions = rng.integers(0, 5, (1, 12), dtype=np.int32)
+    key = jax.random.key(3)
+    clip = rollout.clip(params, context, {"actions": actions}, key)
+    player = Player(rollout, params, context, {"actions": actions[:, :1]}, key)
+    frames = [player.play(actions[:, i : i + 1]) for i in range(1, 12)]
+    np.testing.assert_allclose(np.concatenate(frames, 1).astype(int), clip.astype(int), atol=1)
+
+
+def test_actions_are_read_and_repeated():
+    options = command.parse(["--workdir=x", "--actions=4x2,1"])
+    taken = command.steering(options, 5)
+    assert [next(taken) for _ in range(7)] == [4, 4, 1, 4, 4, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frames=0"], "--frames is 0; it must be at least 1"),
+        (["--frames=-3"], "--frames is -3"),
+        (["--steps=0"], "--steps is 0"),
+        (["--actions=7"], "7 is out of range; the model knows 0 to 4"),
+        (["--actions=left"], "'left' is neither a number nor NUMBERxTIMES"),
+        (["--actions=4x0"], "names no action"),
+        (["--first_frame=nowhere.png"], "nowhere.png"),
+        (["--out=/proc/x.mp4"], "/proc/x.mp4"),
+    ],
+)
+def test_refusals(workdir, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        stream(workdir, *arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_no_model(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        command.run(command.parse([f"--workdir={tmp_path / 'nothing'}"]))
