@@ -71,7 +71,7 @@ def train(
         def init(parents):
             return stage.init(jax.random.fold_in(key, INIT), parents)
 
-        shapes = jax.eval_shape(init, parents(config, checkpoint.model_shapes))
+        shapes = first_shapes(init, config)
         state_sharding = mesh.state_shardings(shapes, device_mesh)
         template = jax.tree.map(
             lambda leaf, sharding: leaf.update(sharding=sharding),
@@ -198,6 +198,20 @@ def parents(config: ml_collections.ConfigDict, load: Callable[[str], Any]) -> di
         except UserError as error:
             raise UserError(f"config.init_from.{role}: {error}") from error
     return loaded
+
+
+def first_shapes(init: Callable, config: ml_collections.ConfigDict) -> Any:
+    """The shapes of the first state, in their boxes, from those of the parents.
+
+    Raises:
+      UserError: a parent does not fit.
+    """
+    given = parents(config, checkpoint.model_shapes)
+    try:
+        return jax.eval_shape(init, given)
+    except UserError as error:
+        roles = ", ".join(f"{role}={config.init_from[role]}" for role in given)
+        raise UserError(f"config.init_from ({roles}): {error}") from error
 
 
 def announce(state: Any, progress: metrics.Progress, writer: metrics.Writer) -> None:

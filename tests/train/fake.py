@@ -54,7 +54,7 @@ def build(config: ml_collections.ConfigDict) -> Stage:
         params = {"kernel": jax.random.normal(rng, (dim, dim)), "bias": jnp.zeros(dim)}
         frozen = {}
         if "teacher" in parents:
-            shapes.check(params, parents["teacher"], "the teacher")
+            shapes.check(params, parents["teacher"], "the parent")
             params = parents["teacher"]
             frozen = {"teacher": params}
         return State(
