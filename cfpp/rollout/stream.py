@@ -41,8 +41,7 @@ class Player:
         self._rollout = rollout.after(context.shape[1])
         self._params = params
         self._rng = rng
-        start = jax.jit(lambda p, c, condition: self._rollout.start(p, codec.encode(c), condition))
-        self._stream = start(params, jnp.asarray(context), condition)
+        self._stream = _start(self._rollout, params, jnp.asarray(context), condition)
         self._schedule = 0  # the first chunk's, then 1
 
     @property
@@ -69,6 +68,11 @@ class Player:
         )
         self._schedule = 1
         return np.asarray(video)
+
+
+@jax.jit
+def _start(rollout: Rollout, params: Params, context: jax.Array, condition: Condition) -> Stream:
+    return rollout.start(params, codec.encode(context), condition)
 
 
 @functools.partial(jax.jit, donate_argnums=2)
