@@ -33,13 +33,15 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
         "pillow>=11.0",
+        "protobuf>=5.0",
         "tensorflow-datasets>=4.9.9",
+        "tqdm>=4.66",
     ],
     extras_require={
         "atari": ["ale-py>=0.11"],
         "cuda": [f"jax[cuda12]>={JAX}"],
         "tensorboard": ["tensorboard>=2.20", "tensorflow-cpu>=2.20"],
-        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.14"],
+        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.14", "safetensors>=0.5"],
         "tpu": [f"jax[tpu]>={JAX}"],
     },
 )
