@@ -34,7 +34,10 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "pillow>=11.0",
         "protobuf>=5.0",
+        "scipy>=1.14",
+        "protobuf>=5.0",
         "tensorflow-datasets>=4.9.9",
+        "tqdm>=4.66",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -10,6 +10,7 @@ line is told at once.
 import difflib
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -174,11 +175,17 @@ def _absolute(config: Config, inside: bool = False) -> Config:
     return config.lock()
 
 
+def _leave(*_) -> None:
+    print("interrupted; run the same command to continue", flush=True)
+    sys.exit()
+
+
 def main(argv: list[str]) -> None:
     """Runs what the flags say."""
     del argv
     if not flags.FLAGS["verbosity"].present:  # Orbax tells much of itself
         logging.set_verbosity(logging.WARNING)
+    signal.signal(signal.SIGTERM, _leave)  # while there is nothing to save
     run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.profile)
 
 

@@ -61,6 +61,7 @@ def train(
         data = pipeline.train_batches(
             config.data, config.batch_size, config.seed, jax.process_index(), jax.process_count()
         )
+        stack.enter_context(contextlib.closing(data))  # ends its workers
 
         stage = build_stage(config)
         device_mesh = mesh.create(config.mesh)
