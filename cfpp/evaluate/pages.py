@@ -125,10 +125,10 @@ th.sub { font-weight: 400; color: var(--faded); }
 th:first-child, td:first-child { text-align: left; }
 table.main td:first-child { position: sticky; left: 0; background: var(--paper); }
 tr.new td { border-top: 1px solid var(--rule); }
-tr.real td { background: var(--stripe); } table.main tr.real td:first-child {
-  background: var(--stripe); }
-td small { color: var(--faded); } td.bar { background: linear-gradient(to right, var(--bar)
-  var(--share), transparent var(--share)) 0 50% / 100% 72% no-repeat; }
+tr.real td, table.main tr.real td:first-child { background-color: var(--stripe); }
+td small { color: var(--faded); }
+td.bar { background: linear-gradient(to right, var(--bar) var(--share), transparent var(--share))
+  0 50% / 100% 72% no-repeat; }
 dt { font-weight: 600; margin-top: .6rem; } dd { margin: 0; color: var(--faded); max-width: 62rem; }
 .videos { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr));
   gap: 1.2rem; }

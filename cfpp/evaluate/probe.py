@@ -35,10 +35,12 @@ class InverseDynamics(nn.Module):
         x = jnp.concatenate([after, after - before], axis=-1)
         uniform = nn.initializers.lecun_uniform()  # compiles faster than the default
         width = 16
-        while min(x.shape[1:3]) > 4:
+        while min(x.shape[1:3]) > 8:
             x = nn.gelu(nn.Conv(width, (3, 3), strides=2, kernel_init=uniform)(x))
             width = min(2 * width, 64)
-        x = nn.gelu(nn.Dense(128, kernel_init=uniform)(x.reshape(len(x), -1)))
+        x = nn.gelu(nn.Conv(64, (3, 3), kernel_init=uniform)(x))
+        # Wherever it is seen, the same motion tells the same action.
+        x = nn.gelu(nn.Dense(128, kernel_init=uniform)(x.max((1, 2))))
         return nn.Dense(self.num_actions, kernel_init=uniform)(x)
 
 
