@@ -21,6 +21,7 @@ FAULTS_OF_THE_DISK = {
     errno.EACCES: "permission denied",
     errno.EDQUOT: "the disk quota is used up",
     errno.EEXIST: "a file is in the way",
+    errno.ENOENT: "no such folder, and it cannot be made",
     errno.ENOSPC: "the disk is full",
     errno.ENOTDIR: "not a folder",
     errno.EPERM: "permission denied",

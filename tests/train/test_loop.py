@@ -185,10 +185,14 @@ def test_unknown_stage(tmp_path):
         loop.train(fake.config(stage="nonsense"), tmp_path)
 
 
-@pytest.mark.parametrize("workdir", ["file/workdir", "file"])
-def test_a_workdir_that_cannot_be_made(tmp_path, workdir):
+@pytest.mark.parametrize(
+    "workdir, message",
+    [("file/workdir", "not a folder"), ("file", "(a file is in the way|not a folder)"),
+     ("/proc/workdir", "/proc/workdir: no such folder, and it cannot be made")],
+)  # fmt: skip
+def test_a_workdir_that_cannot_be_made(tmp_path, workdir, message):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"not a folder|a file is in the way"):
+    with pytest.raises(UserError, match=f"{message}; choose another --workdir"):
         loop.train(fake.config(), tmp_path / workdir)
 
 
