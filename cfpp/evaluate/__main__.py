@@ -1,7 +1,7 @@
 """Evaluates the finished models of a work directory on held-out episodes, into WORKDIR/report.
 
 python -m cfpp.evaluate --workdir=runs/quickstart
-python -m cfpp.evaluate --workdir=runs/stage2 --episodes=256
+python -m cfpp.evaluate --workdir=runs/stage2 --episodes=128
 """
 
 import argparse

@@ -10,7 +10,6 @@ from cfpp.errors import UserError
 from cfpp.evaluate import features, metrics, probe
 
 INTACT_FRAMES = (1, 4, 9, 12)  # generated frames at which the balls are looked at
-REFERENCES = 3  # real clips of the Frechet distance for each evaluated episode
 
 Figures = dict[str, metrics.Figure]
 
@@ -34,7 +33,7 @@ class Settings:
     context: int = 1
     starts: int = 8
     samples: int = 64
-    probe_steps: int = 400
+    probe_steps: int = 200
     seed: int = 0
 
     def __post_init__(self):
@@ -84,11 +83,11 @@ class Yardstick:
 def prepare(data_config: ml_collections.ConfigDict, settings: Settings) -> Yardstick:
     """Reads held-out clips and trains the probe on training episodes.
 
-    The reference of the Frechet distance is other held-out clips than those evaluated, so that
-    real clips do not score 0 but what no model can be expected to undercut.
+    The reference of the Frechet distance is as many other held-out clips, so that real clips do
+    not score 0 but what no model can be expected to undercut.
     """
     episodes, length = settings.episodes, settings.context + settings.frames
-    clips = pipeline.test_clips(data_config, (1 + REFERENCES) * episodes, length)
+    clips = pipeline.test_clips(data_config, 2 * episodes, length)
     video, actions = clips["video"][:episodes], clips["actions"][:episodes]
     references = clips["video"][episodes:, settings.context - 1 :]
     states, starts = None, np.zeros(0, int)
