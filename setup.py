@@ -35,9 +35,7 @@ setup(
         "pillow>=11.0",
         "protobuf>=5.0",
         "scipy>=1.14",
-        "protobuf>=5.0",
         "tensorflow-datasets>=4.9.9",
-        "tqdm>=4.66",
         "tqdm>=4.66",
     ],
     extras_require={

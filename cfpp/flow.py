@@ -24,7 +24,7 @@ Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x_sigma, sigma) -> v
 
 def expand(sigma: jax.Array, x: jax.Array) -> jax.Array:
     """Appends axes to `sigma`, `[batch, frames]` or less, until it broadcasts against `x`."""
-    sigma = jnp.asarray(sigma, jnp.float32)
+    sigma = jnp.asarray(sigma)
     return sigma.reshape(sigma.shape + (1,) * (x.ndim - 2)) if sigma.ndim else sigma
 
 

@@ -5,6 +5,7 @@ A config's argument is a comma-separated list: at most one world (`arena`, `atar
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 ConfigDict = ml_collections.ConfigDict
 
@@ -50,10 +51,11 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
 
     config.data = data(options)
     config.model = model(options)
-    config.pattern = ConfigDict(
-        {"chunk": options.chunk, "first_chunk": None, "window": 2 * options.chunk + 4, "sink": 0},
-        convert_dict=False,
-    )
+    config.pattern = ConfigDict()
+    config.pattern.chunk = options.chunk  # frames generated at once
+    config.pattern.first_chunk = config_dict.placeholder(int)  # where the first chunk differs
+    config.pattern.window = 2 * options.chunk + 4  # frames that a frame attends to, at most
+    config.pattern.sink = 0  # the first frames, which stay in the window
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
 
     config.shift = 8.0  # of the timestep

@@ -48,7 +48,7 @@ def get_config(arg: str = ""):
     config.evaluate.context = 1  # given before them
     config.evaluate.starts = 8  # first frames from which directions are sampled
     config.evaluate.samples = 64  # of each start
-    config.evaluate.probe_steps = 400  # of the network that tells actions
+    config.evaluate.probe_steps = 200  # of the network that tells actions
     config.evaluate.seed = 0
     if arg == "smoke":
         config.evaluate.update({"episodes": 4, "starts": 2, "samples": 4, "probe_steps": 10})

@@ -15,6 +15,7 @@ def get_config(arg: str = ""):
     config.critic_optimizer = common.optimizer("adamw", 5e-4)
     config.optimizer.b1 = config.critic_optimizer.b1 = 0.0
     config.critic_steps = 3  # critic steps a student step
+    config.ema.decay = 0.9
     config.given = 1  # real frames that a self-rollout starts from
     config.positions = (1000.0, 500.0)  # the student's schedule, on the unshifted 1000-grid
     config.first_positions = ()  # of the first generated chunk, where it differs

@@ -14,6 +14,7 @@ from cfpp import flow
 from cfpp.attention.pattern import Pattern
 from cfpp.models import codec
 from cfpp.models.network import Condition, Params
+from cfpp.train import shapes
 
 Metrics = dict[str, jax.Array]
 
@@ -59,7 +60,12 @@ def clip(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
 
 
 def inherit(template: Params, parent: Params) -> Params:
-    """The parent's values in the boxes of freshly initialised parameters."""
+    """The parent's values in the boxes of freshly initialised parameters.
+
+    Raises:
+      UserError: the parent is of another shape.
+    """
+    shapes.check(nn.meta.unbox(template), parent, "the parent")
     return nn.meta.replace_boxed(template, parent)
 
 
