@@ -133,7 +133,7 @@ class Model(NamedTuple):
 def load(row: Row) -> Model:
     """Loads a row's model, ready to generate; UserError where it cannot be read."""
     config, params = checkpoint.load_model(row.workdir)
-    network = Network.create(config.model, config.pattern)
+    network = Network.create(config.model, config.pattern).rolled()
     sampler = getattr(generate, row.method)(row.steps, config.shift)
     if row.stage == "bidirectional":
         stream = functools.partial(_blockwise, network, params, sampler, config.data.frames)

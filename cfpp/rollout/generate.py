@@ -360,7 +360,7 @@ def for_stage(
     """
     if config.stage == "bidirectional":
         raise UserError("a bidirectional model cannot stream; take one of stage 1, 2 or 3")
-    network = Network.create(config.model, config.pattern)
+    network = Network.create(config.model, config.pattern).rolled()
     if config.stage == "ar_diffusion":
         return Rollout(network, euler(steps or 48, config.shift), config.guidance, fused)
     return Rollout(network, consistency(steps or 2, config.shift, first_steps), fused=fused)

@@ -18,8 +18,6 @@ and the cache; then one parallel pass over all chunks' last inputs, against the 
 values, has the gradient of the whole unrolled loop.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,9 +145,9 @@ def build(config) -> Stage:
     sigmas = flow.schedule(config.positions, config.shift)
     first = flow.schedule(config.first_positions or config.positions, config.shift)
     sampler = Sampler.create(sigmas, first, flow.consistency_step)
-    rollout = Rollout(network, sampler).after(given)
-    student = dataclasses.replace(
-        rollout.network, dit=network.dit.clone(history_gradient=config.history_gradient)
+    rollout = Rollout(network.rolled(), sampler).after(given)
+    student = Network(
+        network.dit.clone(history_gradient=config.history_gradient), rollout.network.pattern
     )
     transform = optimizer(config.optimizer, config.steps)
     critic_transform = optimizer(config.critic_optimizer, config.steps * config.critic_steps)

@@ -39,7 +39,7 @@ def samples(
     context, condition = clips["video"][:, :1], {"actions": np.asarray(clips["actions"])}
     rng = jax.random.key(config.seed)
     if config.stage == "bidirectional":
-        network = Network.create(config.model, config.pattern)
+        network = Network.create(config.model, config.pattern).rolled()
         sampler = generate.euler(BASE_STEPS, config.shift)
         video = generate.bidirectional_clip(network, state.ema, context, condition, rng, sampler)
     else:
