@@ -111,7 +111,7 @@ def model(options: ConfigDict) -> ConfigDict:
     config.remat = "none"
     config.unroll = 4
     if options.smoke:
-        config.dim, config.ffn_dim, config.layers = 64, 128, 2
+        config.dim, config.ffn_dim, config.layers, config.unroll = 64, 128, 2, 1
     return config
 
 

@@ -15,7 +15,7 @@ JOBS = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}
 
 # Training steps of the four stages.
 STEPS = {
-    "": (150, 1200, 300, 60),
+    "": (100, 900, 250, 50),
     "smoke": (4, 6, 4, 2),
     "atari": (300, 1500, 400, 60),
     "long": (3000, 5000, 1500, 300),
@@ -31,7 +31,7 @@ def get_config(arg: str = ""):
         job = module.get_config("" if arg == "long" else arg)
         job.steps = steps
         job.data.directory = "../data"
-        job.sample_every = steps
+        job.sample_every = 0 if arg == "smoke" else steps
         config[name] = job
     # Paths that start with '..' are relative to the job's own directory.
     config.stage1.init_from.base = "../stage0"
