@@ -21,6 +21,7 @@ from cfpp.train import checkpoint
 
 FRAMES_PER_SECOND = 8  # of the video file
 LONGEST_HOLD = 6  # frames that a random action is held
+LONGEST_ACTIONS = 10**6  # frames that a given action is held, at most
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -56,13 +57,13 @@ def parse_actions(text: str, num_actions: int) -> list[int]:
     actions = []
     for word in text.split(","):
         action, _, times = word.strip().partition("x")
-        if not action.isdigit() or not (times or "1").isdigit():
+        if not (action + times).isascii() or not action.isdigit() or not (times or "1").isdigit():
             raise UserError(f"--actions: {word!r} is neither a number nor NUMBERxTIMES")
         if int(action) >= num_actions:
             raise UserError(
                 f"--actions: {action} is out of range; the model knows 0 to {num_actions - 1}"
             )
-        actions += [int(action)] * int(times or 1)
+        actions += [int(action)] * min(int(times or 1), LONGEST_ACTIONS)
     if not actions:
         raise UserError("--actions names no action")
     return actions
@@ -70,6 +71,8 @@ def parse_actions(text: str, num_actions: int) -> list[int]:
 
 def steering(options: argparse.Namespace, num_actions: int) -> Iterator[int]:
     """The endless sequence of actions that the command line asks for."""
+    if options.actions is not None and not num_actions:
+        raise UserError("--actions: the model takes none")
     if options.actions is not None:
         return itertools.cycle(parse_actions(options.actions, num_actions))
     return held_actions(np.random.default_rng(options.seed), max(num_actions, 1), LONGEST_HOLD)
@@ -85,6 +88,8 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed is {options.seed}; it must be at least 0 and less than 2**32")
     config, params = checkpoint.load_model(options.workdir or options.checkpoint)
     fused = not options.latency
     rollout = generate.for_stage(config, options.steps, options.first_steps, fused)
