@@ -100,14 +100,19 @@ def model(options: ConfigDict) -> ConfigDict:
     """The network of a world: the attributes of `cfpp.models.dit.DiT`."""
     config = ConfigDict()
     config.channels = 3
-    config.height = config.width = 64 if options.world == "atari" else 32
+    config.height = config.width = 32
     config.patch = 8
     config.dim = 128
     config.ffn_dim = 512
     config.heads = 4
     config.layers = 4
     config.frequency_dim = 256
-    config.num_actions = 18 if options.world == "atari" else 5
+    config.num_actions = 5
+    if options.world == "atari":
+        config.height = config.width = 64
+        config.patch = 16
+        config.dim, config.ffn_dim, config.heads = 192, 768, 6
+        config.num_actions = 18
     config.text_dim = 0
     config.rotary_base = 100.0
     config.gate_init = 1.0
