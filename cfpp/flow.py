@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+SOLVERS = ("euler", "heun")
+
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x_sigma, sigma) -> v
 
 
@@ -75,7 +77,7 @@ def schedule(positions: Sequence[float], s: float) -> np.ndarray:
       ValueError: the positions are not falling numbers in (0, 1000].
     """
     positions = np.asarray(positions, np.float64)
-    if not positions.size or not np.all(np.diff(positions, prepend=1000.1, append=0.0) < 0):
+    if not positions.size or positions[0] > 1000 or not np.all(np.diff(positions, append=0.0) < 0):
         raise ValueError(f"sampling positions must fall within (0, 1000], got {positions.tolist()}")
     return np.append(shift(positions / 1000, s), 0.0).astype(np.float32)
 
@@ -136,8 +138,9 @@ def matching_loss(
       x0, noise: `[batch, frames, height, width, channels]`.
       sigma: `[batch, frames]`.
       floor: noise levels below this weigh less, by (sigma / floor)^2: the error of x0 then counts
-        the same at all of them. 0.05, the floor of `to_velocity`, weighs all alike.
+        the same at all of them. 0.05, the floor of `to_velocity`, or less weighs all alike.
     """
     v = velocity_fn(interpolate(x0, noise, sigma), sigma)
     error = jnp.mean(jnp.square(v - velocity(x0, noise)), axis=(2, 3, 4))
+    floor = max(floor, 0.05)
     return error * jnp.square(jnp.maximum(sigma, 0.05) / jnp.maximum(sigma, floor))

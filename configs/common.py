@@ -22,17 +22,20 @@ def parse(arg: str) -> ConfigDict:
       ValueError: a word that is none of these.
     """
     options = ConfigDict({"world": "arena", "chunk": 1, "smoke": False})
+    worlds = []
     for word in filter(None, arg.split(",")):
         name, _, value = word.partition("=")
-        if word in WORLDS:
+        if word in WORLDS and not worlds:
             options.world = word
+            worlds.append(word)
         elif word == "smoke":
             options.smoke = True
         elif name == "chunk" and value.isdigit() and int(value) > 0:
             options.chunk = int(value)
         else:
             raise ValueError(
-                f"config argument {word!r} is none of {', '.join(WORLDS)}, smoke, chunk=N"
+                f"config argument {word!r} is none of {', '.join(WORLDS)} (one of them), smoke, "
+                "chunk=N"
             )
     return options
 
@@ -54,6 +57,8 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
     config.pattern = ConfigDict()
     config.pattern.chunk = options.chunk  # frames generated at once
     config.pattern.first_chunk = config_dict.placeholder(int)  # where the first chunk differs
+    if options.chunk > 1:
+        config.pattern.first_chunk = 1  # clips start from one given frame
     config.pattern.window = 2 * options.chunk + 4  # frames that a frame attends to, at most
     config.pattern.sink = 0  # the first frames, which stay in the window
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
@@ -95,14 +100,19 @@ def model(options: ConfigDict) -> ConfigDict:
     """The network of a world: the attributes of `cfpp.models.dit.DiT`."""
     config = ConfigDict()
     config.channels = 3
-    config.height = config.width = 64 if options.world == "atari" else 32
+    config.height = config.width = 32
     config.patch = 8
     config.dim = 128
     config.ffn_dim = 512
     config.heads = 4
     config.layers = 4
     config.frequency_dim = 256
-    config.num_actions = 18 if options.world == "atari" else 5
+    config.num_actions = 5
+    if options.world == "atari":
+        config.height = config.width = 64
+        config.patch = 16
+        config.dim, config.ffn_dim, config.heads = 192, 768, 6
+        config.num_actions = 18
     config.text_dim = 0
     config.rotary_base = 100.0
     config.gate_init = 1.0

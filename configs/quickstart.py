@@ -17,7 +17,7 @@ JOBS = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}
 STEPS = {
     "": (100, 900, 250, 50),
     "smoke": (4, 6, 4, 2),
-    "atari": (300, 1500, 400, 60),
+    "atari": (100, 900, 200, 40),
     "long": (3000, 5000, 1500, 300),
 }
 
@@ -50,6 +50,8 @@ def get_config(arg: str = ""):
     config.evaluate.samples = 64  # of each start
     config.evaluate.probe_steps = 200  # of the network that tells actions
     config.evaluate.seed = 0
+    if arg == "atari":
+        config.evaluate.probe_steps = 600
     if arg == "smoke":
         config.evaluate.update({"episodes": 4, "starts": 2, "samples": 4, "probe_steps": 10})
     return config

@@ -13,5 +13,6 @@ def get_config(arg: str = ""):
     config.sigma_floor = 0.3  # noise levels below weigh less
     config.given_rate = 0.5  # how often the first frame is given
     config.drop_rate = 0.0  # how often the condition is dropped, for guidance
+    del config.guidance  # the base is sampled as it is
     config.init_from.base = ""  # a model to start from, or ''
     return config

@@ -68,6 +68,8 @@ def test_empty_slots_are_never_seen():
     ("fields", "message"),
     [
         ({"chunk": 0}, "at least 1 frame, got 0"),
+        ({"first_chunk": 0}, "first chunk has at least 1 frame, got 0"),
+        ({"sink": -1}, "sink has at least 0 frames, got -1"),
         ({"chunk": 3, "window": 2}, "window of 2 frames cannot hold a sink of 0 and a chunk of 3"),
         ({"window": 2, "sink": 2}, "window of 2 frames cannot hold a sink of 2"),
         ({"chunk": None, "window": 4}, "bidirectional pattern has no window, got 4"),
@@ -81,6 +83,8 @@ def test_patterns_that_cannot_be(fields, message):
 def test_chunks_after_given_frames():
     assert Pattern(chunk=3).after(1).chunk_index(7).tolist() == [0, 1, 1, 1, 2, 2, 2]
     assert Pattern(chunk=3).after(6) == Pattern(chunk=3)
+    assert Pattern(chunk=3, first_chunk=1).after(6) == Pattern(chunk=3)
+    assert Pattern(chunk=3, first_chunk=1).after(4) == Pattern(chunk=3, first_chunk=1)
     assert Pattern(chunk=3, window=6).after(5) == dataclasses.replace(
         Pattern(chunk=3, window=6), first_chunk=2
     )

@@ -58,6 +58,7 @@ VARIANTS = {
     ),
     "ode": ("ode", "", {"guidance": 2.0}),
     "dmd-causal": ("dmd", "", {"first_positions": (1000.0, 750.0, 500.0)}),
+    "dmd-causal-chunk": ("dmd", "chunk=3", {}),
     "dmd-bidirectional": ("dmd", "chunk=3", {"real_score": "bidirectional", "guidance": 2.0}),
 }  # fmt: skip
 
@@ -93,6 +94,31 @@ def test_contract(variant):
             lambda a, b: bool(jnp.any(a != b)), before.params[network], state.params[network]
         )
         assert moved["head"]["kernel"], f"{network} did not move"
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "message"),
+    [
+        ("consistency", {"solver": "rk4"}, "solver must be one of euler, heun, got 'rk4'"),
+        ("consistency", {"distance": "l3"}, "distance must be one of mse, pseudo_huber"),
+        ("ode", {"positions": (1000.0, 333.0)}, "do not all lie on the grid of 12 steps"),
+        ("dmd", {"real_score": "none"}, "real_score must be one of bidirectional, causal"),
+        ("dmd", {"history_gradient": "all"}, "history_gradient must be one of none"),
+        ("dmd", {"critic_steps": 0}, "critic_steps is 0; it must be at least 1"),
+        ("dmd", {"given": 4}, "given is 4; it must be at least 0 and less than 4 frames"),
+        ("dmd", {"score_sigma": (0.9, 0.1)}, "score_sigma must be a range within 0 and 1"),
+        ("ar_diffusion", {"optimizer.schedule": "cosin"}, "optimizer.schedule must be one of"),
+        ("ar_diffusion", {"model.prediction": "x1"}, "model.prediction must be one of velocity"),
+        ("ar_diffusion", {"model.heads": 5}, "dim 24 does not split into 5 heads"),
+        ("ar_diffusion", {"model.patch": 3}, "does not divide into patches of 3 x 3"),
+        ("ar_diffusion", {"pattern.window": 0}, "window of 0 frames cannot hold"),
+    ],
+)
+def test_configs_that_cannot_be(stage, fields, message):
+    config = tiny_config(stage)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(ValueError, match=message):
+        stages.build(config)
 
 
 @pytest.mark.parametrize("frames_changed", [3, 5])

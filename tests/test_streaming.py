@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cfpp import media
+from cfpp.data import pipeline
 from cfpp.errors import UserError
 from cfpp.rollout import __main__ as command
 from cfpp.rollout import generate
@@ -50,10 +51,22 @@ def test_latency_mode_counts_its_pass(workdir, capsys):
 
 def test_export_is_enough(workdir, tmp_path):
     checkpoint.export(workdir, tmp_path / "export")
-    arguments = ["--frames=2", "--steps=1", "--scale=1", f"--out={tmp_path / 'x.mp4'}"]
-    command.run(command.parse([f"--checkpoint={tmp_path / 'export'}", *arguments]))
+    picture = tmp_path / "first.png"
+    media.write_image(picture, np.full((32, 32, 3), 20, np.uint8))
+    arguments = ["--frames=2", "--steps=1", f"--first_frame={picture}"]
+    out = [f"--out={tmp_path / 'x.mp4'}", "--scale=1"]
+    command.run(command.parse([f"--checkpoint={tmp_path / 'export'}", *arguments, *out]))
     first = imageio.imread(tmp_path / "x.mp4")
-    np.testing.assert_array_equal(first, stream(workdir, "--frames=2", "--steps=1"))
+    np.testing.assert_array_equal(first, stream(workdir, *arguments))
+
+
+def test_starts_from_a_held_out_frame_or_from_noise(workdir, tmp_path):
+    config, _ = checkpoint.load_model(workdir)
+    held_out = pipeline.test_clips(config.data, 1, 1)["video"]
+    options = command.parse([f"--workdir={workdir}"])
+    np.testing.assert_array_equal(command.first_frames(options, config), held_out)
+    options = command.parse(["--checkpoint=export"])
+    assert command.first_frames(options, config).shape == (1, 0, 32, 32, 3)
 
 
 def test_starts_from_a_picture(workdir, tmp_path):
@@ -97,6 +110,8 @@ def test_actions_are_read_and_repeated():
         (["--actions=7"], "7 is out of range; the model knows 0 to 4"),
         (["--actions=left"], "'left' is neither a number nor NUMBERxTIMES"),
         (["--actions=4x0"], "names no action"),
+        (["--actions=²"], "neither a number nor NUMBERxTIMES"),
+        (["--seed=-1"], "--seed is -1"),
         (["--first_frame=nowhere.png"], "nowhere.png"),
         (["--out=/proc/x.mp4"], "/proc/x.mp4"),
     ],

@@ -32,7 +32,7 @@ class Pattern:
       sink: the first frames of the clip, which stay visible when the window has moved on.
 
     Raises:
-      ValueError: the window cannot hold the sink and a chunk.
+      ValueError: a size is out of range, or the window cannot hold the sink and a chunk.
     """
 
     chunk: int | None = 1
@@ -43,6 +43,10 @@ class Pattern:
     def __post_init__(self):
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"a chunk has at least 1 frame, got {self.chunk}")
+        if self.first_chunk is not None and self.first_chunk < 1:
+            raise ValueError(f"the first chunk has at least 1 frame, got {self.first_chunk}")
+        if self.sink < 0:
+            raise ValueError(f"a sink has at least 0 frames, got {self.sink}")
         if self.window is None:
             return
         if self.chunk is None:
@@ -67,9 +71,9 @@ class Pattern:
 
     def after(self, context: int) -> "Pattern":
         """The pattern whose chunks start anew after `context` given frames."""
-        if self.chunk is None or context % self.chunk == 0:
+        if self.chunk is None:
             return self
-        return dataclasses.replace(self, first_chunk=context % self.chunk)
+        return dataclasses.replace(self, first_chunk=context % self.chunk or None)
 
     def visible(self, query_frame, query_copy, key_frame, key_copy):
         """Whether a query entry attends to a key entry.

@@ -134,6 +134,10 @@ def load(row: Row) -> Model:
     """Loads a row's model, ready to generate; UserError where it cannot be read."""
     config, params = checkpoint.load_model(row.workdir)
     network = Network.create(config.model, config.pattern).rolled()
+    if row.stage not in ("ar_diffusion", "bidirectional"):
+        rollout = generate.for_stage(config, row.steps)
+        passes = rollout.passes / network.pattern.chunk
+        return Model(functools.partial(_causal, rollout, params), passes)
     sampler = getattr(generate, row.method)(row.steps, config.shift)
     if row.stage == "bidirectional":
         stream = functools.partial(_blockwise, network, params, sampler, config.data.frames)

@@ -51,7 +51,7 @@ def from_wan(weights: Weights) -> dict:
       float32 parameters for a `DiT` of the same sizes.
 
     Raises:
-      ValueError: a name that Wan's text-to-video model does not have.
+      ValueError: a name that Wan's text-to-video model does not have, or a block is incomplete.
     """
     flat: dict[str, np.ndarray] = {}
     blocks: dict[str, dict[int, np.ndarray]] = {}
@@ -73,13 +73,23 @@ def from_wan(weights: Weights) -> dict:
         else:
             path, value = _layer(_MODULES, name, value)
             flat[path] = value
+    depth = 1 + max((max(layers) for layers in blocks.values()), default=0)
     for path, layers in blocks.items():
-        flat[path] = np.stack([layers[index] for index in range(len(layers))])
+        missing = set(range(depth)) - layers.keys()
+        if missing:
+            raise ValueError(f"the weights lack {path} of block {min(missing)}")
+        flat[path] = np.stack([layers[index] for index in range(depth)])
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def to_wan(params: dict, patch: int) -> dict[str, np.ndarray]:
-    """The inverse of `from_wan`, for a model with square patches of side `patch`."""
+    """The inverse of `from_wan`, for a model with square patches of side `patch`.
+
+    Raises:
+      ValueError: the model takes actions, which Wan's does not.
+    """
+    if "action" in params:
+        raise ValueError("Wan's format has no place for a model's action embedding")
     flat = traverse_util.flatten_dict(params, sep="/")
     flat = {path: np.asarray(value, np.float32) for path, value in flat.items()}
     kernel = flat["patch_in/kernel"]

@@ -261,15 +261,19 @@ class DiT(nn.Module):
         shape = (self.layers, batch, slots, self.tokens, self.heads, self.head_dim)
         return Cache.empty(shape, jnp.dtype(self.dtype), sink)
 
-    def setup(self):
-        """Checks the sizes and makes the layers."""
-        if self.prediction not in ("velocity", "x0"):
-            raise ValueError(f"prediction must be 'velocity' or 'x0', got {self.prediction!r}")
-        if self.history_gradient not in HISTORY_GRADIENTS:
-            raise ValueError(
-                f"history_gradient must be one of {HISTORY_GRADIENTS}, "
-                f"got {self.history_gradient!r}"
-            )
+    def check(self) -> None:
+        """Raises ValueError if an attribute is out of range, or sizes do not fit one another."""
+        choices = {
+            "prediction": ("velocity", "x0"),
+            "remat": ("none", "full"),
+            "history_gradient": HISTORY_GRADIENTS,
+            "dtype": ("float32", "bfloat16", "float16"),
+        }
+        for field, known in choices.items():
+            if getattr(self, field) not in known:
+                raise ValueError(
+                    f"model.{field} must be one of {', '.join(known)}, got {getattr(self, field)!r}"
+                )
         if self.height % self.patch or self.width % self.patch:
             raise ValueError(
                 f"a frame of {self.height} x {self.width} does not divide into patches of "
@@ -277,6 +281,9 @@ class DiT(nn.Module):
             )
         if self.dim % self.heads or self.head_dim % 2:
             raise ValueError(f"dim {self.dim} does not split into {self.heads} heads of even width")
+
+    def setup(self):
+        """Makes the layers."""
         dtype = jnp.dtype(self.dtype)
         self.patch_in = dense(self.dim, ("patch", "embed"), dtype, "patch_in")
         self.time_in = dense(self.dim, ("frequency", "embed"), jnp.float32, "time_in")

@@ -46,8 +46,14 @@ class Network:
 
     @classmethod
     def create(cls, model: ml_collections.ConfigDict, pattern: ml_collections.ConfigDict):
-        """Builds the network that `config.model` and `config.pattern` describe."""
-        return cls(DiT(**model), Pattern(**pattern))
+        """Builds the network that `config.model` and `config.pattern` describe.
+
+        Raises:
+          ValueError: it cannot be built.
+        """
+        dit = DiT(**model)
+        dit.check()
+        return cls(dit, Pattern(**pattern))
 
     def rolled(self) -> "Network":
         """The same network with its loop over blocks not unrolled: for programs without gradients.

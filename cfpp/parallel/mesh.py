@@ -46,6 +46,8 @@ def create(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | No
     shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 for size in sizes if size != -1):
         raise UserError(f"config.mesh is {shown}; sizes are at least 1, and at most one of them -1")
+    if config.context != 1:
+        raise UserError(f"config.mesh.context is {config.context}; only 1 is supported yet")
     given = math.prod(size for size in sizes if size != -1)
     if len(devices) % given or (-1 not in sizes and given != len(devices)):
         raise UserError(f"config.mesh is {shown}; it does not multiply to {len(devices)} devices")

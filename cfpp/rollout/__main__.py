@@ -9,18 +9,22 @@ import time
 from collections.abc import Iterator
 
 import jax
+import ml_collections
 import numpy as np
 from tqdm import tqdm
 
 from cfpp import media
+from cfpp.data import pipeline
 from cfpp.data.actions import held_actions
 from cfpp.errors import UserError, exit_on_user_error
 from cfpp.rollout import generate
 from cfpp.rollout.stream import Player
 from cfpp.train import checkpoint
+from cfpp.train import workdir as workdirs
 
 FRAMES_PER_SECOND = 8  # of the video file
 LONGEST_HOLD = 6  # frames that a random action is held
+LONGEST_ACTIONS = 10**6  # frames that a given action is held, at most
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +43,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     steering.add_argument(
         "--random_actions", action="store_true", help="held random actions (the default)"
     )
-    parser.add_argument("--first_frame", help="a picture to start from; without it, from noise")
+    parser.add_argument(
+        "--first_frame", help="a picture to start from; by default a held-out frame"
+    )
     parser.add_argument("--latency", action="store_true", help="write the cache in a separate pass")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=int, default=8, help="enlargement of the video")
@@ -56,13 +62,13 @@ def parse_actions(text: str, num_actions: int) -> list[int]:
     actions = []
     for word in text.split(","):
         action, _, times = word.strip().partition("x")
-        if not action.isdigit() or not (times or "1").isdigit():
+        if not (action + times).isascii() or not action.isdigit() or not (times or "1").isdigit():
             raise UserError(f"--actions: {word!r} is neither a number nor NUMBERxTIMES")
         if int(action) >= num_actions:
             raise UserError(
                 f"--actions: {action} is out of range; the model knows 0 to {num_actions - 1}"
             )
-        actions += [int(action)] * int(times or 1)
+        actions += [int(action)] * min(int(times or 1), LONGEST_ACTIONS)
     if not actions:
         raise UserError("--actions names no action")
     return actions
@@ -70,9 +76,32 @@ def parse_actions(text: str, num_actions: int) -> list[int]:
 
 def steering(options: argparse.Namespace, num_actions: int) -> Iterator[int]:
     """The endless sequence of actions that the command line asks for."""
+    if options.actions is not None and not num_actions:
+        raise UserError("--actions: the model takes none")
     if options.actions is not None:
         return itertools.cycle(parse_actions(options.actions, num_actions))
     return held_actions(np.random.default_rng(options.seed), max(num_actions, 1), LONGEST_HOLD)
+
+
+def first_frames(options: argparse.Namespace, config: ml_collections.ConfigDict) -> np.ndarray:
+    """What to start from: the picture given, else a held-out frame of the run's data, else nothing.
+
+    Returns:
+      uint8 `[1, K, H, W, 3]`, K = 1 or 0.
+
+    Raises:
+      UserError: the picture cannot be used.
+    """
+    height, width = config.model.height, config.model.width
+    if options.first_frame:
+        return media.read_image(options.first_frame, height, width)[None, None]
+    if options.workdir:
+        folder, _ = checkpoint.find_model(options.workdir)
+        try:
+            return pipeline.test_clips(workdirs.resolve(config, folder).data, 1, 1)["video"]
+        except UserError as error:
+            print(f"starting from noise: {error}")
+    return np.zeros((1, 0, height, width, 3), np.uint8)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -85,15 +114,13 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed is {options.seed}; it must be at least 0 and less than 2**32")
     config, params = checkpoint.load_model(options.workdir or options.checkpoint)
     fused = not options.latency
     rollout = generate.for_stage(config, options.steps, options.first_steps, fused)
     actions = steering(options, config.model.num_actions)
-    height, width = config.model.height, config.model.width
-    if options.first_frame:
-        context = media.read_image(options.first_frame, height, width)[None, None]
-    else:
-        context = np.zeros((1, 0, height, width, 3), np.uint8)
+    context = first_frames(options, config)
     given = np.zeros((1, context.shape[1]), np.int32)
     key = jax.random.key(options.seed)
     player = lambda: Player(rollout, params, context, {"actions": given}, key)

@@ -351,19 +351,34 @@ def for_stage(
 
     Args:
       config: of the stage. Its guidance counts for a teacher; in a student it is distilled.
-      steps: of the sampler; None is 48 for a teacher and 2 for a student.
-      first_steps: of a student's first chunk; None is `steps`.
+      steps: of the sampler; None is 48 for a teacher, and for a student what it was trained for,
+        or 2. A student takes the positions it was trained for where it has as many, and evenly
+        spaced ones where not.
+      first_steps: of a student's first chunk; None is as trained, or `steps`.
       fused: see the module's docstring.
 
     Raises:
-      UserError: the stage's model cannot stream.
+      UserError: the stage's model cannot stream, or not like this.
     """
+    if config.pattern.window is None:
+        raise UserError("the model's pattern has no window, which streaming in a cache needs")
     if config.stage == "bidirectional":
         raise UserError("a bidirectional model cannot stream; take one of stage 1, 2 or 3")
     network = Network.create(config.model, config.pattern).rolled()
     if config.stage == "ar_diffusion":
+        if first_steps is not None:
+            raise UserError("a teacher takes as many steps for the first chunk as for the others")
         return Rollout(network, euler(steps or 48, config.shift), config.guidance, fused)
-    return Rollout(network, consistency(steps or 2, config.shift, first_steps), fused=fused)
+    positions = first = evenly(steps or 2)
+    if "positions" in config and steps in (None, len(config.positions)):
+        positions = first = config.positions
+    if first_steps:
+        first = evenly(first_steps)
+    elif config.stage == "dmd" and positions == config.positions:
+        first = config.first_positions or positions
+    levels, first_levels = (flow.schedule(p, config.shift) for p in (positions, first))
+    sampler = Sampler.create(levels, first_levels, flow.consistency_step)
+    return Rollout(network, sampler, fused=fused)
 
 
 def gaussian_noise(rng: jax.Array, shape: tuple[int, ...]) -> Noise:

@@ -17,7 +17,18 @@ import numpy as np
 
 from cfpp import flow
 from cfpp.models.network import Network
-from cfpp.stages.stage import Stage, clip, descend, inherit, optimizer, repeat_draws, start
+from cfpp.stages.stage import (
+    Stage,
+    check_choice,
+    clip,
+    descend,
+    inherit,
+    optimizer,
+    repeat_draws,
+    start,
+)
+
+DISTANCES = ("mse", "pseudo_huber")
 
 
 def distance(name: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -81,6 +92,8 @@ def loss(
 
 def build(config) -> Stage:
     """Builds stage 2 from a config; `init_from.teacher` is the stage-1 model."""
+    check_choice("solver", config.solver, flow.SOLVERS)
+    check_choice("distance", config.distance, DISTANCES)
     network = Network.create(config.model, config.pattern)
     transform = optimizer(config.optimizer, config.steps)
     grid = jnp.asarray(flow.grid(config.grid_steps, config.shift))

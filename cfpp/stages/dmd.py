@@ -24,11 +24,13 @@ import numpy as np
 
 from cfpp import flow
 from cfpp.attention.cache import Cache
+from cfpp.models.dit import HISTORY_GRADIENTS
 from cfpp.models.network import Condition, Network, Params
 from cfpp.rollout.generate import Noise, Rollout, Sampler, gaussian_noise
 from cfpp.stages.stage import (
     Stage,
     State,
+    check_choice,
     clip,
     descend,
     draw_sigma,
@@ -51,12 +53,14 @@ def gradient(
       sigma: `[batch, frames]`.
 
     Returns:
-      g, like x. The mean in its denominator runs over each clip.
+      g, like x. The mean in its denominator runs over each clip, without the frames that are held
+      clean at sigma 0.
     """
     x_sigma = flow.interpolate(x, noise, sigma)
     x0_real = flow.to_x0(x_sigma, real(x_sigma, sigma), sigma)
     x0_fake = flow.to_x0(x_sigma, fake(x_sigma, sigma), sigma)
-    scale = jnp.mean(jnp.abs(x - x0_real), axis=(1, 2, 3, 4), keepdims=True)
+    noised = flow.expand(sigma, x) > 0
+    scale = jnp.mean(jnp.abs(x - x0_real), axis=(1, 2, 3, 4), keepdims=True, where=noised)
     return (x0_fake - x0_real) / jnp.maximum(scale, 1e-6)
 
 
@@ -130,12 +134,20 @@ def build(config) -> Stage:
     real score, the teacher (stage 1). The critic starts from `real`.
 
     Raises:
-      ValueError: an unknown real score, or a clip that does not divide into chunks.
+      ValueError: a field is out of range, or a clip does not divide into chunks.
     """
-    if config.real_score not in REAL_SCORES:
-        raise ValueError(f"real_score must be one of {REAL_SCORES}, got {config.real_score!r}")
+    check_choice("real_score", config.real_score, REAL_SCORES)
     given, frames = config.given, config.data.frames
+    check_choice("history_gradient", config.history_gradient, HISTORY_GRADIENTS)
+    low, high = config.score_sigma
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"score_sigma must be a range within 0 and 1, got {config.score_sigma}")
+    if config.critic_steps < 1:
+        raise ValueError(f"critic_steps is {config.critic_steps}; it must be at least 1")
+    if not 0 <= given < frames:
+        raise ValueError(f"given is {given}; it must be at least 0 and less than {frames} frames")
     network = Network.create(config.model, config.pattern)
+    network = Network(network.dit, network.pattern.after(given))  # of scores and rollouts alike
     if (frames - given) % network.pattern.chunk:
         raise ValueError(
             f"{frames} frames less {given} given ones do not divide into chunks of "
@@ -145,10 +157,8 @@ def build(config) -> Stage:
     sigmas = flow.schedule(config.positions, config.shift)
     first = flow.schedule(config.first_positions or config.positions, config.shift)
     sampler = Sampler.create(sigmas, first, flow.consistency_step)
-    rollout = Rollout(network.rolled(), sampler).after(given)
-    student = Network(
-        network.dit.clone(history_gradient=config.history_gradient), rollout.network.pattern
-    )
+    rollout = Rollout(network.rolled(), sampler)
+    student = Network(network.dit.clone(history_gradient=config.history_gradient), network.pattern)
     transform = optimizer(config.optimizer, config.steps)
     critic_transform = optimizer(config.critic_optimizer, config.steps * config.critic_steps)
     generated = jnp.arange(frames) >= given
@@ -189,7 +199,6 @@ def build(config) -> Stage:
         else:
             shape = (len(x), 1, frames)
             sigma = draw_sigma(sigma_rng, network.pattern, shape, config.score_shift)
-        low, high = config.score_sigma
         sigma = jnp.where(generated, jnp.clip(sigma, low, high), 0.0)
         return jax.random.normal(noise_rng, x.shape), sigma
 
@@ -237,4 +246,5 @@ def build(config) -> Stage:
         state, metrics = train_student(state, x0, condition, student_rng)
         return state, metrics | {"critic_loss": jnp.mean(critic_loss)}
 
-    return Stage(init, step, required=("student", "real"))
+    origin = {"bidirectional": "bidirectional", "causal": "ar_diffusion"}[config.real_score]
+    return Stage(init, step, required=("student", "real"), parent_stages={"real": origin})

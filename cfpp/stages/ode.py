@@ -16,7 +16,7 @@ import numpy as np
 
 from cfpp import flow
 from cfpp.models.network import Network
-from cfpp.stages.stage import Stage, clip, descend, inherit, optimizer, start
+from cfpp.stages.stage import Stage, check_choice, clip, descend, inherit, optimizer, start
 
 
 def trajectory(
@@ -51,11 +51,17 @@ def loss(student: flow.Velocity, x: jax.Array, sigma: jax.Array, endpoint: jax.A
 
 def build(config) -> Stage:
     """Builds stage 2' from a config; `init_from.teacher` is the stage-1 model."""
+    check_choice("solver", config.solver, flow.SOLVERS)
     network = Network.create(config.model, config.pattern)
     transform = optimizer(config.optimizer, config.steps)
     grid = jnp.asarray(flow.grid(config.grid_steps, config.shift))
     wanted = flow.schedule(config.positions, config.shift)[:-1]
-    points = np.argmin(np.abs(np.asarray(grid)[:, None] - wanted), 0)  # nearest on the grid
+    distances = np.abs(np.asarray(grid)[:, None] - wanted)  # [N + 1, points]
+    points = np.argmin(distances, 0)
+    if distances.min(0).max() > 1e-5:
+        raise ValueError(
+            f"positions {config.positions} do not all lie on the grid of {config.grid_steps} steps"
+        )
 
     def init(rng, parents):
         params = inherit(network.init(rng), parents["teacher"])

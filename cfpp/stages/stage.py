@@ -1,6 +1,7 @@
 """What all stages share: their state, their interface, and the optimizer's update."""
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -45,12 +46,20 @@ class Stage(NamedTuple):
         axis names (`flax.linen.meta.unbox` takes these off).
       step: `(state, batch, rng) -> (state, metrics)`, with scalar metrics, one of them `loss`.
       required, optional: roles in `config.init_from` that must and that may be given.
+      parent_stages: the stage that a role's model must come from, where it matters.
     """
 
     init: Callable[[jax.Array, dict[str, Params]], State]
     step: Callable[[State, dict[str, jax.Array], jax.Array], tuple[State, Metrics]]
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    parent_stages: Mapping[str, str] = types.MappingProxyType({})
+
+
+def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError if a field of the config is none of its choices."""
+    if value not in choices:
+        raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def clip(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
@@ -80,12 +89,14 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
             0.0, peak, config.warmup, max(steps, config.warmup + 1), config.final_rate * peak
         ),
     }
+    check_choice("optimizer.schedule", config.schedule, tuple(rates))
+    check_choice("optimizer.name", config.name, ("adamw", "muon"))
     rate = rates[config.schedule]
     if config.name == "adamw":
         update = optax.adamw(
             rate(config.rate), config.b1, config.b2, weight_decay=config.weight_decay
         )
-    elif config.name == "muon":
+    else:
         update = optax.contrib.muon(
             rate(config.rate),
             adam_learning_rate=rate(config.adam_rate),
@@ -94,8 +105,6 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=_matrices,
         )
-    else:
-        raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {config.name!r}")
     return optax.chain(optax.clip_by_global_norm(config.clip), update)
 
 

@@ -23,6 +23,19 @@ from cfpp.train import checkpoint, metrics
 from cfpp.train import workdir as workdirs
 from cfpp.train.samples import samples
 
+# Fields of stages, where they have them.
+RANGES = {
+    "draws": (1, 64),
+    "shift": (0.01, 100.0),
+    "score_shift": (0.01, 100.0),
+    "drop_rate": (0.0, 1.0),
+    "given_rate": (0.0, 1.0),
+    "grid_steps": (1, 1000),
+}
+
+# Fields of a model that its parents need not share.
+OWN_FIELDS = ("dtype", "remat", "unroll", "gate_init")
+
 STEPS_IN_FLIGHT = 2  # dispatched and not finished: enough to keep the device busy
 INIT = 2**32 - 1  # folded into the run's key for the first state; no step has this number
 
@@ -49,11 +62,24 @@ def train(
     """
     validate(config)
     workdir = epath.Path(workdir)
-    workdirs.claim(config, workdir)
-    config = workdirs.resolve(config, workdir)
+    as_given, config = config, workdirs.resolve(config, workdir)
     if checkpoint.is_finished(workdir, config.steps):
+        workdirs.claim(as_given, workdir)
         print(f"{config.stage}: finished, all {config.steps} steps are in {workdir}", flush=True)
         return True
+
+    stage = build_stage(config)
+    device_mesh = mesh.create(config.mesh)
+    replicated = NamedSharding(device_mesh, PartitionSpec())
+    batch_sharding = mesh.batch_sharding(device_mesh, config.batch_size)
+    key = jax.random.key(config.seed)
+
+    def init(parents):
+        return stage.init(jax.random.fold_in(key, INIT), parents)
+
+    shapes = first_shapes(init, config)
+    check_parents(config, stage)
+    workdirs.claim(as_given, workdir)  # only now: a mistake leaves no trace
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.disk_faults(workdir, "mend that, then start again"))
@@ -63,16 +89,6 @@ def train(
         )
         stack.enter_context(contextlib.closing(data))  # ends its workers
 
-        stage = build_stage(config)
-        device_mesh = mesh.create(config.mesh)
-        replicated = NamedSharding(device_mesh, PartitionSpec())
-        batch_sharding = mesh.batch_sharding(device_mesh, config.batch_size)
-        key = jax.random.key(config.seed)
-
-        def init(parents):
-            return stage.init(jax.random.fold_in(key, INIT), parents)
-
-        shapes = first_shapes(init, config)
         state_sharding = mesh.state_shardings(shapes, device_mesh)
         template = jax.tree.map(
             lambda leaf, sharding: leaf.update(sharding=sharding),
@@ -148,7 +164,7 @@ def train(
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Checks the numbers that the loop itself uses.
+    """Checks the numbers that stages have in common.
 
     Raises:
       UserError: names the first that is out of range.
@@ -157,6 +173,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name, minimum in (least | {"keep": 1}).items():
         if config[name] < minimum:
             raise UserError(f"config.{name} is {config[name]}; it must be at least {minimum}")
+    for name, (low, high) in RANGES.items():
+        if name in config and not low <= config[name] <= high:
+            raise UserError(f"config.{name} is {config[name]}; it must be from {low} to {high}")
+    for name in ("height", "width", "num_actions"):
+        if name in config.model and config.model[name] != config.data[name]:
+            raise UserError(
+                f"config.model.{name} is {config.model[name]} and config.data.{name} is "
+                f"{config.data[name]}; they must be the same"
+            )
 
 
 def build_stage(config: ml_collections.ConfigDict) -> stages.Stage:
@@ -213,6 +238,33 @@ def first_shapes(init: Callable, config: ml_collections.ConfigDict) -> Any:
     except UserError as error:
         roles = ", ".join(f"{role}={config.init_from[role]}" for role in given)
         raise UserError(f"config.init_from ({roles}): {error}") from error
+
+
+def check_parents(config: ml_collections.ConfigDict, stage: stages.Stage) -> None:
+    """Checks what the shapes of parameters do not tell: that parents are used as they were trained.
+
+    Raises:
+      UserError: a parent of another architecture or stage, or guidance that it was not trained for.
+    """
+    for role, path in config.init_from.items():
+        if not path:
+            continue
+        where, parent = f"config.init_from.{role}={path}", checkpoint.find_model(path)[1]
+        for name, value in parent.model.items():
+            if name not in OWN_FIELDS and value != config.model[name]:
+                raise UserError(
+                    f"{where} has model.{name}={value!r}; config.model.{name} is "
+                    f"{config.model[name]!r}"
+                )
+        wanted = stage.parent_stages.get(role, parent.stage)
+        if parent.stage != wanted:
+            raise UserError(f"{where} is a model of stage {parent.stage}; give one of {wanted}")
+        undropped = "drop_rate" in parent and parent.drop_rate == 0.0
+        if "guidance" in config and config.guidance != 1.0 and undropped:
+            raise UserError(
+                f"config.guidance is {config.guidance}, but {where} was trained with "
+                "config.drop_rate=0 and knows no unconditional prediction; use guidance 1"
+            )
 
 
 def announce(state: Any, progress: metrics.Progress, writer: metrics.Writer) -> None:

@@ -213,6 +213,7 @@ def test_bad_parents(finished, tmp_path):
     missing = str(tmp_path / "missing")
     text = message("1", init_from={"teacher": missing})
     assert text.startswith(f"config.init_from.teacher: {missing} does not exist")
+    assert not (tmp_path / "1").exists()  # a mistake leaves no trace
     (tmp_path / "empty").mkdir()
     text = message("2", init_from={"teacher": str(tmp_path / "empty")})
     assert "has no config.json" in text
