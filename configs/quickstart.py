@@ -2,9 +2,9 @@
 
     python -m cfpp.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Ten minutes on two CPU cores. Variants: `configs/quickstart.py:smoke` is the same in miniature (90
-seconds), `:atari` the same on Boxing (an hour on two cores, minutes on a GPU), `:long` an hour of
-arena with the bidirectional base as stage 3's real score.
+Twelve minutes on two CPU cores (docs/quickstart.md). Variants: `configs/quickstart.py:smoke` is the
+same in miniature, `:atari` the same on Boxing, `:long` trains longer, with the bidirectional base as
+stage 3's real score; neither of these two has been measured yet.
 """
 
 import ml_collections
