@@ -369,12 +369,10 @@ def for_stage(
         if first_steps is not None:
             raise UserError("a teacher takes as many steps for the first chunk as for the others")
         return Rollout(network, euler(steps or 48, config.shift), config.guidance, fused)
-    positions = first = evenly(steps or 2)
-    if "positions" in config and steps in (None, len(config.positions)):
-        positions = first = config.positions
-    if first_steps:
-        first = evenly(first_steps)
-    elif config.stage == "dmd" and positions == config.positions:
+    as_trained = "positions" in config and steps in (None, len(config.positions))
+    positions = config.positions if as_trained else evenly(steps or 2)
+    first = evenly(first_steps) if first_steps else positions
+    if as_trained and not first_steps and "first_positions" in config:
         first = config.first_positions or positions
     levels, first_levels = (flow.schedule(p, config.shift) for p in (positions, first))
     sampler = Sampler.create(levels, first_levels, flow.consistency_step)
