@@ -10,8 +10,10 @@ import pytest
 
 from cfpp import flow
 from cfpp.attention.pattern import CLEAN, Pattern
-from cfpp.rollout.generate import Rollout, consistency, euler, gaussian_noise
+from cfpp.errors import UserError
+from cfpp.rollout.generate import Rollout, consistency, euler, for_stage, gaussian_noise
 from cfpp.stages import dmd
+from configs import stage3
 from tests import tiny
 
 PATTERNS = [
@@ -199,3 +201,27 @@ def test_replayed_gradient_equals_the_unrolled_one(pattern, history_gradient):
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale)
+
+
+def test_students_take_the_positions_they_were_trained_for():
+    config = stage3.get_config()
+    config.positions, config.first_positions = (1000.0, 250.0), (1000.0, 750.0, 250.0)
+    level = lambda positions: flow.schedule(positions, config.shift)
+    for steps in (None, 2):
+        sampler = for_stage(config, steps).sampler
+        np.testing.assert_array_equal(sampler.sigmas[0, :4], level(config.first_positions))
+        np.testing.assert_array_equal(sampler.sigmas[1, :3], level(config.positions))
+        assert sampler.last.tolist() == [2, 1]
+    sampler = for_stage(config, 4, first_steps=1).sampler
+    np.testing.assert_array_equal(sampler.sigmas[1, :5], level([1000, 750, 500, 250]))
+    assert sampler.last.tolist() == [0, 3]
+
+
+def test_what_cannot_stream():
+    config = stage3.get_config()
+    config.stage = "bidirectional"
+    with pytest.raises(UserError, match="bidirectional model cannot stream"):
+        for_stage(config)
+    config.stage = "ar_diffusion"
+    with pytest.raises(UserError, match="as many steps for the first chunk"):
+        for_stage(config, first_steps=4)
