@@ -10,6 +10,7 @@ import pytest
 
 from cfpp import flow, stages
 from cfpp.attention.pattern import Pattern
+from cfpp.models.network import Network
 from cfpp.stages import consistency, dmd, ode
 from tests import tiny
 
@@ -29,7 +30,7 @@ def tiny_config(stage: str, arg: str = "", **fields):
     config.model.update(
         {"height": 8, "width": 8, "patch": 4, "dim": 24, "ffn_dim": 32, "heads": 2, "layers": 2}
     )
-    config.model.frequency_dim = 16
+    config.model.update({"frequency_dim": 16, "unroll": 1})
     config.update(fields)
     return config
 
@@ -44,8 +45,8 @@ def batch(config, size: int = 2):
 
 
 def parents(config, stage):
-    network = nn.meta.unbox(stages.build(tiny_config("ar_diffusion")).init(jax.random.key(7), {}))
-    return {role: network.ema for role in stage.required}
+    network = Network.create(config.model, config.pattern)
+    return {role: tiny.params(network, seed=7) for role in stage.required}
 
 
 VARIANTS = {

@@ -22,20 +22,26 @@ def network(pattern: Pattern | None = None, **model) -> Network:
 
 def params(net: Network, seed: int = 0):
     """Random values in every parameter: zeros and ones would hide mistakes."""
-    tree = nn.meta.unbox(net.init(jax.random.key(seed)))
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, noisy)
+    rng = np.random.default_rng(seed)
+    shapes = nn.meta.unbox(jax.eval_shape(net.init, jax.random.key(0)))
+
+    def draw(path, leaf):
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        name = path[-1].key
+        if name == "kernel":
+            return noise / np.sqrt(leaf.shape[-2], dtype=np.float32)
+        return 0.2 * noise + (name == "scale")
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def latents(net: Network, frames: int, batch: int = 2, seed: int = 0) -> jax.Array:
     shape = (batch, frames, net.dit.height, net.dit.width, net.dit.channels)
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def actions(frames: int, batch: int = 2, seed: int = 0) -> jax.Array:
-    return jax.random.randint(jax.random.key(seed), (batch, frames), 0, ACTIONS)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, ACTIONS, (batch, frames), np.int32))
 
 
 def close(a, b, relative: float = 1e-5):
@@ -47,5 +53,5 @@ def close(a, b, relative: float = 1e-5):
 def noise_table(net: Network, frames: int, steps: int, batch: int = 2, seed: int = 9):
     """Noise as a table `[frames, steps, B, chunk, H, W, C]`, read by (frame, step)."""
     shape = (frames, steps, batch, net.pattern.chunk, *latents(net, 1).shape[2:])
-    table = jax.random.normal(jax.random.key(seed), shape)
-    return lambda frame, step: jnp.asarray(table)[frame, jnp.minimum(step, steps - 1)]
+    table = jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+    return lambda frame, step: table[frame, jnp.minimum(step, steps - 1)]
