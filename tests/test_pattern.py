@@ -36,8 +36,9 @@ def words(pattern: Pattern, query, key) -> bool:
 @st.composite
 def patterns(draw):
     chunk, sink = draw(st.integers(1, 3)), draw(st.integers(0, 3))
-    window = draw(st.none() | st.integers(chunk + sink, 9))
-    return Pattern(chunk, draw(st.none() | st.integers(1, 3)), window, sink)
+    first_chunk = draw(st.none() | st.integers(1, 3))
+    window = draw(st.none() | st.integers(max(chunk, first_chunk or 0) + sink, 9))
+    return Pattern(chunk, first_chunk, window, sink)
 
 
 @given(patterns() | st.just(Pattern(chunk=None)), st.integers(1, 9), st.integers(1, 3))
@@ -71,6 +72,10 @@ def test_empty_slots_are_never_seen():
         ({"first_chunk": 0}, "first chunk has at least 1 frame, got 0"),
         ({"sink": -1}, "sink has at least 0 frames, got -1"),
         ({"chunk": 3, "window": 2}, "window of 2 frames cannot hold a sink of 0 and a chunk of 3"),
+        (
+            {"first_chunk": 2, "window": 1},
+            "window of 1 frames cannot hold a sink of 0 and a chunk of 2",
+        ),
         ({"window": 2, "sink": 2}, "window of 2 frames cannot hold a sink of 2"),
         ({"chunk": None, "window": 4}, "bidirectional pattern has no window, got 4"),
     ],

@@ -51,10 +51,11 @@ class Pattern:
             return
         if self.chunk is None:
             raise ValueError(f"a bidirectional pattern has no window, got {self.window}")
-        if self.window < self.sink + self.chunk:
+        largest = max(self.chunk, self.first_chunk or 0)
+        if self.window < self.sink + largest:
             raise ValueError(
                 f"a window of {self.window} frames cannot hold a sink of {self.sink} "
-                f"and a chunk of {self.chunk}"
+                f"and a chunk of {largest}"
             )
 
     def chunk_end(self, frame):
