@@ -130,7 +130,7 @@ def update(
     """
     value, gradient = jax.value_and_grad(loss)(params)
     updates, optimizer_state = transform.update(gradient, optimizer_state, params)
-    metrics = {"loss": value, "grad_norm": optax.global_norm(gradient)}
+    metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient)}
     return optax.apply_updates(params, updates), optimizer_state, metrics
 
 
