@@ -9,7 +9,7 @@ base as stage 3's real score; neither of these two has been measured yet.
 
 import ml_collections
 
-from configs import stage0, stage1, stage2, stage3
+from configs import common, stage0, stage1, stage2, stage3
 
 JOBS = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}
 
