@@ -12,6 +12,7 @@ from cfpp.data import pipeline
 from cfpp.errors import UserError
 from cfpp.rollout import __main__ as command
 from cfpp.rollout import generate
+from cfpp.rollout import stream as stream_module
 from cfpp.rollout.stream import Player
 from cfpp.train import checkpoint, loop
 
@@ -93,6 +94,20 @@ def test_stream_is_the_clip(workdir):
     player = Player(rollout, params, context, {"actions": actions[:, :1]}, key)
     frames = [player.play(actions[:, i : i + 1]) for i in range(1, 12)]
     np.testing.assert_allclose(np.concatenate(frames, 1).astype(int), clip.astype(int), atol=1)
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_chunks_share_one_program(workdir, given):
+    """From a picture or from noise, the second chunk is not compiled anew."""
+    config, params = checkpoint.load_model(workdir)
+    rollout = generate.for_stage(config, steps=2)
+    context = np.zeros((3, given, 32, 32, 3), np.uint8)  # 3: a batch that no other test has
+    condition = {"actions": np.zeros((3, given), np.int32)}
+    before = stream_module._play._cache_size()
+    player = Player(rollout, params, context, condition, jax.random.key(0))
+    for _ in range(3):
+        player.play(np.zeros((3, 1), np.int32))
+    assert stream_module._play._cache_size() <= before + 1
 
 
 def test_actions_are_read_and_repeated():
