@@ -133,18 +133,16 @@ class Model(NamedTuple):
 def load(row: Row) -> Model:
     """Loads a row's model, ready to generate; UserError where it cannot be read."""
     config, params = checkpoint.load_model(row.workdir)
-    network = Network.create(config.model, config.pattern).rolled()
-    if row.stage not in ("ar_diffusion", "bidirectional"):
-        rollout = generate.for_stage(config, row.steps)
-        passes = rollout.passes / network.pattern.chunk
-        return Model(functools.partial(_causal, rollout, params), passes)
-    sampler = getattr(generate, row.method)(row.steps, config.shift)
     if row.stage == "bidirectional":
+        network = Network.create(config.model, config.pattern).rolled()
+        sampler = generate.euler(row.steps, config.shift)
         stream = functools.partial(_blockwise, network, params, sampler, config.data.frames)
         return Model(stream, sampler.steps)
-    guidance = config.guidance if row.method == "euler" else 1.0  # distilled models have it in them
-    rollout = generate.Rollout(network, sampler, guidance)
-    passes = rollout.passes / network.pattern.chunk
+    rollout = generate.for_stage(config, row.steps)
+    if row.stage == "ar_diffusion" and row.method == "consistency":  # as if it were distilled
+        sampler = generate.consistency(row.steps, config.shift)
+        rollout = rollout.replace(sampler=sampler, guidance=1.0)
+    passes = rollout.passes / rollout.network.pattern.chunk
     return Model(functools.partial(_causal, rollout, params), passes)
 
 
