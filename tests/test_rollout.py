@@ -122,6 +122,7 @@ def test_euler_rollout_is_the_solver_on_the_exact_history():
 
 def naive_rollout(net, params, x0, condition, given, noise, sigmas, last, straight_through):
     """Stage 3's rollout written the slow way: sequential, gradients through every last pass."""
+    net = dataclasses.replace(net, dit=net.dit.clone(attention="reference"))
     pattern, frames = net.pattern, x0.shape[1]
     chunk = pattern.chunk
     keys, values, frame_of = [], [], []
@@ -130,8 +131,8 @@ def naive_rollout(net, params, x0, condition, given, noise, sigmas, last, straig
         cache = net.dit.cache(x.shape[0], max(len(frame_of), 1))
         if frame_of:
             cache = cache.replace(
-                key=jnp.concatenate(keys, 2),
-                value=jnp.concatenate(values, 2),
+                key=jnp.concatenate(keys, 3),
+                value=jnp.concatenate(values, 3),
                 frame=jnp.array(frame_of),
             )
         return net.apply(

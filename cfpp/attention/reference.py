@@ -4,29 +4,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cfpp.attention.schedule import Mask
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+NOTHING = -1e30  # the logsumexp of a query that sees nothing
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, layer: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Softmax attention between the tokens of frames that see one another.
 
     Args:
-      q: `[batch, query frames, tokens, heads, head_dim]`.
-      k, v: `[batch, key frames, tokens, heads, head_dim]`.
-      mask: bool `[query frames, key frames]`, True where a frame sees a frame.
+      q: `[batch, heads, query frames, tokens, head_dim]`.
+      k, v: `[batch, heads, key frames, tokens, head_dim]`, or those of several layers stacked.
+      mask: bool `[query frames, key frames]`, True where a frame sees a frame: a NumPy array, or a
+        JAX array where it is known only at run time.
+      layer: int32 [], which of the layers in `k` and `v` to take; None where these are of one.
 
     Returns:
-      `[batch, query frames, tokens, heads, head_dim]`. The softmax is taken in float32. A query
-      frame that sees nothing gets a finite value without meaning.
+      The output, like `q`, and the logsumexp of the scaled scores, float32 `[batch, heads, query
+      frames, tokens]`. A query that sees nothing gets 0 and `NOTHING`.
     """
-    batch, _, tokens, heads, head_dim = q.shape
-    flat = lambda x: x.reshape(batch, -1, heads, head_dim)  # [batch, frames * tokens, heads, dim]
+    if layer is not None:
+        k, v = k[layer], v[layer]
+    *_, tokens, head_dim = q.shape
+    flat = lambda x: x.reshape(*x.shape[:2], -1, head_dim)  # [B, N, frames * tokens, D]
     token_mask = jnp.repeat(jnp.repeat(mask, tokens, 0), tokens, 1)
     scores = jnp.einsum(
-        "bqnd,bknd->bnqk", flat(q), flat(k), preferred_element_type=jnp.float32
+        "bnqd,bnkd->bnqk", flat(q), flat(k), preferred_element_type=jnp.float32
     ) / np.sqrt(head_dim).astype(np.float32)
-    scores = jnp.where(token_mask, scores, -1e30)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    scores = jnp.where(token_mask, scores, NOTHING)
+    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.where(token_mask, jnp.exp(scores - largest), 0)
+    total = weights.sum(-1)
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
     # Dividing the result instead of the weights keeps one pass over [queries, keys] fewer.
     out = jnp.einsum(
-        "bnqk,bknd->bqnd", weights.astype(v.dtype), flat(v), preferred_element_type=jnp.float32
+        "bnqk,bnkd->bnqd", weights.astype(v.dtype), flat(v), preferred_element_type=jnp.float32
     )
-    return (out / weights.sum(-1).swapaxes(1, 2)[..., None]).astype(q.dtype).reshape(q.shape)
+    out = (out / total[..., None]).astype(q.dtype)
+    logsumexp = jnp.where(seen, largest[..., 0] + jnp.log(total), NOTHING)
+    return out.reshape(q.shape), logsumexp.reshape(q.shape[:-1])

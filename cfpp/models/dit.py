@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfpp import flow
-from cfpp.attention import reference
+from cfpp.attention import dispatch
 from cfpp.attention.cache import Cache
-from cfpp.attention.pattern import Pattern
+from cfpp.attention.pattern import CLEAN, Pattern
 
 HISTORY_GRADIENTS = ("none", "straight_through")
 
@@ -60,8 +60,8 @@ def rotary_angles(
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates neighbouring pairs of `x` `[B, E, T, N, D]` by `angles` `[E, T, D / 2]`."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    """Rotates neighbouring pairs of `x` `[B, N, E, T, D]` by `angles` `[E, T, D / 2]`."""
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
@@ -115,6 +115,21 @@ class TextKeyValue(nn.Module):
         return carry, (split(k), split(v))
 
 
+def _pass_through(cached: jax.Array, fresh: jax.Array) -> jax.Array:
+    """Cached keys or values, with the gradient going to the same frames' fresh ones.
+
+    This is what overwriting a cache in place computes in the public PyTorch code: the gradient with
+    respect to a clean frame's key flows on into its noisy key.
+
+    Args:
+      cached: `[B, N, S, T, D]`.
+      fresh: `[B, N, E, T, D]`, of the cache's last E frames, in its order.
+    """
+    through = fresh - jax.lax.stop_gradient(fresh)  # zero, with a gradient
+    given = cached.shape[2] - fresh.shape[2]
+    return cached + jnp.pad(through, ((0, 0), (0, 0), (given, 0), (0, 0), (0, 0)))
+
+
 class Block(nn.Module):
     """One transformer block; see the module's docstring."""
 
@@ -122,33 +137,37 @@ class Block(nn.Module):
     ffn_dim: int
     heads: int
     gate_init: float
+    attention: str
     history_gradient: str
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, layer_inputs, modulation, angles, mask):
+    def __call__(self, x, layer_inputs, modulation, angles, own, history):
         """Runs the block.
 
         Args:
           x: `[B, E, T, dim]`.
-          layer_inputs: (cached, text): cached key and value `[B, S, T, N, D]` or None, text key
-            and value `[B, length, N, D]` or None.
+          layer_inputs: (layer, text): the block's number, int32 [], and its text key and value
+            `[B, length, N, D]` or None.
           modulation: float32 `[B, E, 6, dim]`, shared by all blocks.
           angles: `[E, T, D / 2]`.
-          mask: bool `[E, S + E]`.
+          own: which entries see which, a mask `[E, E]`.
+          history: which cached frames they see, a mask `[E, S]`, and the cached keys and values of
+            all blocks, `[L, B, N, S, T, D]`; None without a cache.
 
         Returns:
-          The new x, and this block's key and value of all entries `[B, E, T, N, D]`.
+          The new x, and this block's key and value of all entries `[B, N, E, T, D]`.
         """
-        cached, text = layer_inputs
-        own = self.param(
+        layer, text = layer_inputs
+        offset = self.param(
             "modulation",
             nn.with_logical_partitioning(self._init_modulation, (None, "embed")),
             (6, self.dim),
         )
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(modulation + own, 2, 0)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(modulation + offset, 2, 0)
 
-        h, key_value = self._self_attention(modulated_norm(x, shift1, scale1), angles, mask, cached)
+        h = modulated_norm(x, shift1, scale1)
+        h, key_value = self._self_attention(h, angles, own, history, layer)
         x = x + (h * gate1[:, :, None]).astype(x.dtype)
         if text is not None:
             x = x + self._cross_attention(x, text)
@@ -161,32 +180,23 @@ class Block(nn.Module):
         noise = jax.random.normal(rng, shape, dtype) / np.sqrt(self.dim)
         return noise.at[np.array([2, 5])].add(self.gate_init)
 
-    def _self_attention(self, h, angles, mask, cached):
+    def _self_attention(self, h, angles, own, history, layer):
         project = lambda name: dense(self.dim, ("embed", "heads"), self.dtype, name)(h)
-        split = lambda y: einops.rearrange(y, "b e t (n d) -> b e t n d", n=self.heads)
+        split = lambda y: einops.rearrange(y, "b e t (n d) -> b n e t d", n=self.heads)
         q = rotate(split(rms_norm(self.dtype, "norm_q")(project("q"))), angles)
         k = rotate(split(rms_norm(self.dtype, "norm_k")(project("k"))), angles)
         v = split(project("v"))
-        keys, values = k, v
-        if cached is not None:
-            keys = jnp.concatenate([self._history(cached[0], k), k], 1)  # [B, S + E, T, N, D]
-            values = jnp.concatenate([self._history(cached[1], v), v], 1)
-        out = reference.attend(q, keys, values, mask)
-        out = einops.rearrange(out, "b e t n d -> b e t (n d)")
+        parts = [(k, v, own, None)]
+        if history is not None and self.history_gradient == "none":
+            mask, *cached = history
+            parts.append((*cached, mask, layer))
+        elif history is not None:
+            mask, *cached = history
+            through = (_pass_through(x[layer], y) for x, y in zip(cached, (k, v), strict=True))
+            parts.append((*through, mask, None))
+        out = dispatch.attend(self.attention, q, parts)
+        out = einops.rearrange(out, "b n e t d -> b e t (n d)")
         return dense(self.dim, ("heads", "embed"), self.dtype, "o")(out), (k, v)
-
-    def _history(self, cached, fresh):
-        """The cached keys or values, with the gradient of the same frame's own where wanted.
-
-        "straight_through" is what overwriting a cache in place computes in the public PyTorch
-        code: the gradient with respect to a clean frame's key flows on into its noisy key. The
-        entries are then the last frames of the cache, in its order.
-        """
-        if self.history_gradient == "straight_through":
-            given = cached.shape[1] - fresh.shape[1]
-            through = fresh - jax.lax.stop_gradient(fresh)  # zero, with a gradient
-            cached = cached + jnp.pad(through, ((0, 0), (given, 0), (0, 0), (0, 0), (0, 0)))
-        return cached.astype(fresh.dtype)
 
     def _cross_attention(self, x, text):
         h = nn.LayerNorm(
@@ -223,7 +233,8 @@ class DiT(nn.Module):
       remat: rematerialisation of the blocks, 'none' or 'full'.
       unroll: blocks in one turn of the loop over blocks: more runs faster on a CPU, one compiles
         fastest.
-      history_gradient: what the entries' own keys add to the cached ones' gradient, 'none' or
+      attention: the implementation, one of `attention.dispatch.IMPLEMENTATIONS` or 'auto'.
+      history_gradient: what the entries' own keys get of the cached ones' gradient, 'none' or
         'straight_through'.
     """
 
@@ -244,6 +255,7 @@ class DiT(nn.Module):
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    attention: str = "auto"
     history_gradient: str = "none"
 
     @property
@@ -258,7 +270,7 @@ class DiT(nn.Module):
 
     def cache(self, batch: int, slots: int, sink: int = 0) -> Cache:
         """An empty cache for `slots` frames of `batch` clips."""
-        shape = (self.layers, batch, slots, self.tokens, self.heads, self.head_dim)
+        shape = (self.layers, batch, self.heads, slots, self.tokens, self.head_dim)
         return Cache.empty(shape, jnp.dtype(self.dtype), sink)
 
     def check(self) -> None:
@@ -266,6 +278,7 @@ class DiT(nn.Module):
         choices = {
             "prediction": ("velocity", "x0"),
             "remat": ("none", "full"),
+            "attention": ("auto", *dispatch.IMPLEMENTATIONS),
             "history_gradient": HISTORY_GRADIENTS,
             "dtype": ("float32", "bfloat16", "float16"),
         }
@@ -306,8 +319,14 @@ class DiT(nn.Module):
                 self.dim, self.heads, dtype
             )
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False)
-        self.blocks = self._stack(block, in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast))(
-            self.dim, self.ffn_dim, self.heads, self.gate_init, self.history_gradient, dtype
+        self.blocks = self._stack(block, in_axes=(0, *[nn.broadcast] * 4))(
+            self.dim,
+            self.ffn_dim,
+            self.heads,
+            self.gate_init,
+            self.attention,
+            self.history_gradient,
+            dtype,
         )
         self.head_modulation = self.param(
             "head_modulation",
@@ -359,7 +378,7 @@ class DiT(nn.Module):
           cache: clean frames that the entries attend to besides themselves.
 
         Returns:
-          The velocity, float32 like `x`, and the entries' keys and values, `[L, B, E, T, N, D]`.
+          The velocity, float32 like `x`, and the entries' keys and values, `[L, B, N, E, T, D]`.
         """
         rows, columns = self.height // self.patch, self.width // self.patch
         p = self.patch
@@ -372,18 +391,15 @@ class DiT(nn.Module):
         modulation = self.time_modulation(nn.silu(time))
         modulation = einops.rearrange(modulation, "b e (six d) -> b e six d", six=6)
 
-        entries = jnp.asarray(frame), jnp.asarray(copy)
-        keys = entries
+        angles = rotary_angles(frame, rows, columns, self.head_dim, self.rotary_base)
+        own = dispatch.keep_static(pattern.mask((frame, copy), (frame, copy)))
+        history = None
         if cache is not None:
-            keys = tuple(
-                jnp.concatenate(pair)
-                for pair in zip((cache.frame, jnp.zeros_like(cache.frame)), entries, strict=True)
-            )
-        angles = rotary_angles(entries[0], rows, columns, self.head_dim, self.rotary_base)
-        cached = None if cache is None else (cache.key, cache.value)
-        h, key_value = self.blocks(
-            h, (cached, text), modulation, angles, pattern.mask(entries, keys)
-        )
+            held = cache.frame, np.full(cache.slots, CLEAN)
+            mask = dispatch.keep_static(pattern.mask((frame, copy), held))
+            history = mask, cache.key.astype(h.dtype), cache.value.astype(h.dtype)
+        layers = np.arange(self.layers, dtype=np.int32)
+        h, key_value = self.blocks(h, (layers, text), modulation, angles, own, history)
 
         shift, scale = jnp.moveaxis(time[:, :, None] + self.head_modulation, 2, 0)
         out = self.head(modulated_norm(h, shift, scale)).astype(jnp.float32)

@@ -168,6 +168,7 @@ class Network:
           A velocity field over the clip's last frames, as many as it is given.
         """
         text = self.text(params, condition)
+        cache = cache.replace(frame=np.arange(cache.slots))  # what it holds, known when traced
 
         def velocity(x, sigma):
             frames = x.shape[1]

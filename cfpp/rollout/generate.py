@@ -173,7 +173,7 @@ class Rollout(flax.struct.PyTreeNode):
             params, stream, context, jnp.zeros((batch, given)), frame, CLEAN * frame, actions
         )
         kept = frame[(frame < pattern.sink) | (frame >= given - (slots - pattern.sink))]
-        key, value = (x[:, :, kept] for x in key_value)
+        key, value = (x[:, :, :, kept] for x in key_value)
         return stream.replace(
             cache=cache.write(jnp.asarray(kept), key, value), frame=jnp.int32(given)
         )
@@ -337,7 +337,7 @@ class Rollout(flax.struct.PyTreeNode):
             np.repeat([CLEAN, 1], size),
             both_actions,
         )
-        key, value = (x[:, :, :size] for x in key_value)
+        key, value = (x[:, :, :, :size] for x in key_value)
         return stream.cache.write(stream.pending_frame, key, value), v[:, size:]
 
 

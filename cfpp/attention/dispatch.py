@@ -1,0 +1,139 @@
+"""One entrance to all implementations of attention, and the merging of what they return.
+
+Every implementation is a function `attend(q, k, v, mask, layer) -> (out, logsumexp)` that computes
+what `reference.attend` does; with `layer` it need not have a gradient. Attention over several sets
+of keys, such as a cache and the entries' own, is attention over each, merged: with o_p, L_p of
+part p,
+
+    o = sum_p exp(L_p - L) o_p,    L = log sum_p exp(L_p).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from cfpp.attention import reference, xla
+from cfpp.attention.schedule import Mask, StaticMask
+from cfpp.errors import UserError
+
+
+class Implementation(NamedTuple):
+    """How to attend, and on which platforms it runs: 'cpu', 'gpu', 'tpu'."""
+
+    attend: Callable
+    platforms: tuple[str, ...]
+
+
+IMPLEMENTATIONS = {
+    "reference": Implementation(reference.attend, ("cpu", "gpu", "tpu")),
+    "xla": Implementation(xla.attend, ("cpu", "gpu", "tpu")),
+}
+AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+
+
+def keep_static(mask: Mask) -> StaticMask | jax.Array:
+    """A mask in a form that goes through `jax.lax.scan` unchanged: a NumPy one stays NumPy."""
+    return StaticMask(mask) if isinstance(mask, np.ndarray) else mask
+
+
+def attend(
+    name: str,
+    q: jax.Array,
+    parts: Sequence[tuple[jax.Array, jax.Array, StaticMask | jax.Array, jax.Array | None]],
+) -> jax.Array:
+    """Attention over one or several sets of keys.
+
+    Args:
+      name: one of `IMPLEMENTATIONS`, or 'auto'.
+      q: `[batch, heads, query frames, tokens, head_dim]`.
+      parts: of each set (k, v, mask, layer) as `reference.attend` takes them, masks by
+        `keep_static`.
+
+    Returns:
+      Like q.
+
+    Raises:
+      UserError: the implementation does not run on this machine.
+      ValueError: the shapes do not fit.
+    """
+    implementation = choose(name, jax.default_backend())
+    results = []
+    for k, v, mask, layer in parts:
+        _check_shapes(q, k, v, _plain(mask), layer)
+        if layer is None:
+            results.append(implementation(q, k, v, _plain(mask)))
+        else:
+            results.append(_attend_layer(implementation, q, k, v, mask, layer))
+    if len(results) == 1:
+        return results[0][0]
+    outs, logsumexps = zip(*results, strict=True)
+    total = functools.reduce(jnp.logaddexp, logsumexps)
+    weighted = (
+        out * jnp.exp(logsumexp - total)[..., None]
+        for out, logsumexp in zip(outs, logsumexps, strict=True)
+    )
+    return sum(weighted).astype(q.dtype)
+
+
+def _plain(mask: StaticMask | jax.Array) -> Mask:
+    return mask.mask if isinstance(mask, StaticMask) else mask
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_layer(implementation, q, k, v, mask, layer):
+    """Attention to one of several layers' keys, read in place; only the gradient takes it out."""
+    return implementation(q, k, v, _plain(mask), layer)
+
+
+def _attend_layer_forward(implementation, q, k, v, mask, layer):
+    return _attend_layer(implementation, q, k, v, mask, layer), (q, k, v, mask, layer)
+
+
+def _attend_layer_backward(implementation, residuals, cotangents):
+    q, k, v, mask, layer = residuals
+    attend_one = lambda q, k, v: implementation(q, k, v, _plain(mask))
+    _, pullback = jax.vjp(attend_one, q, k[layer], v[layer])
+    dq, dk, dv = pullback(cotangents)
+    # Mostly unused, and then never computed: a cache carries no gradient.
+    dk, dv = (jnp.zeros_like(x).at[layer].set(dx) for x, dx in ((k, dk), (v, dv)))
+    return dq, dk, dv, None, None
+
+
+_attend_layer.defvjp(_attend_layer_forward, _attend_layer_backward)
+
+
+@functools.cache
+def choose(name: str, platform: str) -> Callable:
+    """The function that `config.model.attention` means on a platform; says once what it picked."""
+    if name == "auto":
+        name = AUTO[platform]
+        logging.info("attention: %s, on %s", name, platform)
+    implementation = IMPLEMENTATIONS[name]
+    if platform not in implementation.platforms:
+        raise UserError(
+            f"model.attention is {name}, which runs on {' or '.join(implementation.platforms)}; "
+            f"this machine has {platform}: use auto"
+        )
+    return implementation.attend
+
+
+def _check_shapes(q, k, v, mask: Mask, layer) -> None:
+    """Raises ValueError if shapes do not fit one another."""
+    if layer is not None:
+        k, v = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (k, v))
+    batch, heads, queries, tokens, head_dim = q.shape
+    keys = k.shape[2]
+    wanted = (batch, heads, keys, tokens, head_dim)
+    if k.shape != wanted or v.shape != wanted:
+        raise ValueError(
+            f"queries {q.shape} need keys and values of {wanted}, got {k.shape} and {v.shape}"
+        )
+    if mask.shape != (queries, keys):
+        raise ValueError(
+            f"a mask of {mask.shape} does not fit {queries} query and {keys} key frames"
+        )

@@ -1,0 +1,165 @@
+"""The implementations of attention against the dense reference, and the dispatch between them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cfpp.attention import dispatch, reference, schedule, xla
+from cfpp.attention.pattern import Pattern, teacher_forced_entries
+from cfpp.errors import UserError
+from tests.tiny import close
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One random attention problem."""
+
+    pattern: Pattern
+    frames: int
+    draws: int
+    tokens: int
+    head_dim: int
+
+    @property
+    def mask(self) -> np.ndarray:
+        entries = teacher_forced_entries(self.frames, self.draws)
+        return self.pattern.mask(entries, entries)
+
+    def arrays(self):
+        """q, k, v and the cotangents of both results."""
+        rng = np.random.default_rng(0)
+        shape = (2, 2, len(self.mask), self.tokens, self.head_dim)
+        draw = lambda shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+        return [draw(shape) for _ in range(4)] + [draw(shape[:-1])]
+
+
+@st.composite
+def cases(draw):
+    window = draw(st.sampled_from([None, 4, 5]))
+    pattern = Pattern(
+        chunk=draw(st.integers(1, 3)),
+        first_chunk=draw(st.sampled_from([None, 1, 2])),
+        window=window,
+        sink=draw(st.integers(0, 1)) if window else 0,
+    )
+    sizes = dict(frames=(1, 7), draws=(0, 2), head_dim=(1, 12))
+    tokens = draw(st.sampled_from([1, 3, 8, 40]))
+    return Case(pattern, tokens=tokens, **{n: draw(st.integers(*r)) for n, r in sizes.items()})
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(cases(), st.sampled_from([(1, 4), (16, 20), (64, 64)]), st.booleans())
+def test_blockwise_equals_dense(case, blocks, known_when_traced):
+    """Output, logsumexp and all gradients, frames cut and grouped, masks static and not."""
+    arrays = case.arrays()
+
+    def run(attend, mask, q, k, v, d_out, d_logsumexp):
+        results, pullback = jax.vjp(lambda *qkv: attend(*qkv, mask), q, k, v)
+        return results, pullback((d_out, d_logsumexp))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "SMALLEST", blocks[0])
+        patch.setattr(xla, "LARGEST", blocks[1])
+        if known_when_traced:
+            ours = jax.jit(lambda *a: run(xla.attend, case.mask, *a))(*arrays)
+        else:
+            ours = jax.jit(lambda m, *a: run(xla.attend, m, *a))(case.mask, *arrays)
+    theirs = jax.jit(lambda *a: run(reference.attend, case.mask, *a))(*arrays)
+    jax.tree.map(close, ours, theirs)
+
+
+def test_bfloat16_rounds_no_worse_than_dense():
+    """Gradients lie within twice the rounding error of the dense computation in bfloat16."""
+    case = Case(Pattern(), 4, 1, 8, 16)
+    exact = case.arrays()
+    rounded = [x.astype(jnp.bfloat16) for x in exact[:4]] + exact[4:]
+
+    def gradients(attend, q, k, v, d_out, d_logsumexp):
+        _, pullback = jax.vjp(lambda *qkv: attend(*qkv, case.mask), q, k, v)
+        return pullback((d_out, d_logsumexp))
+
+    truth = gradients(reference.attend, *exact)
+    error = lambda attend: [
+        float(jnp.linalg.norm(x.astype(jnp.float32) - y))
+        for x, y in zip(gradients(attend, *rounded), truth, strict=True)
+    ]
+    for ours, dense in zip(error(xla.attend), error(reference.attend), strict=True):
+        assert ours < 2 * dense
+
+
+@pytest.mark.parametrize("name", ["reference", "xla"])
+def test_a_query_that_sees_nothing(name):
+    q = k = v = jnp.ones((1, 1, 2, 3, 4))
+    mask = np.array([[True, False], [False, False]])
+    out, logsumexp = dispatch.IMPLEMENTATIONS[name].attend(q, k, v, mask)
+    np.testing.assert_array_equal(out[0, 0, 1], 0)
+    np.testing.assert_array_equal(logsumexp[0, 0, 1], np.float32(reference.NOTHING))
+    close(out[0, 0, 0], np.ones((3, 4)))
+    close(logsumexp[0, 0, 0], np.full(3, 2 + np.log(3)))
+
+
+def test_parts_are_merged():
+    """Attention to two sets of keys is attention to them side by side, with its gradients."""
+    case = Case(Pattern(), 3, 1, 4, 8)
+    q, k, v, d_out, _ = case.arrays()
+    past = slice(0, 2), slice(2, None)
+    stacked = lambda x: jnp.stack([jnp.zeros_like(x), x])[:, :, :, past[0]]
+
+    def merged(q, k, v):
+        parts = [
+            (stacked(k), stacked(v), dispatch.keep_static(case.mask[:, past[0]]), jnp.int32(1)),
+            (k[:, :, past[1]], v[:, :, past[1]], jnp.asarray(case.mask[:, past[1]]), None),
+        ]
+        return dispatch.attend("xla", q, parts)
+
+    out, pullback = jax.vjp(merged, q, k, v)
+    wanted, wanted_pullback = jax.vjp(
+        lambda q, k, v: reference.attend(q, k, v, case.mask)[0], q, k, v
+    )
+    close(out, wanted)
+    jax.tree.map(close, pullback(d_out), wanted_pullback(d_out))
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**16))
+def test_schedule_visits_what_is_seen(query_group, key_group, seed):
+    """The visited blocks, and the bits in them, spell out the mask; none is visited in vain."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random(rng.integers(1, 9, 2)) < 0.3
+    count, index, bits = schedule.blocks(mask, query_group, key_group)
+    found = np.zeros((len(bits), index.shape[1] * key_group), bool)
+    for i, n in enumerate(count):
+        rows = np.s_[i * query_group : (i + 1) * query_group]
+        for j in index[i, :n]:
+            seen = bits[rows, j, None] >> np.arange(key_group) & 1
+            assert seen.any()
+            found[rows, j * key_group : (j + 1) * key_group] = seen
+    np.testing.assert_array_equal(found[: mask.shape[0], : mask.shape[1]], mask)
+    assert not found[mask.shape[0] :].any() and not found[:, mask.shape[1] :].any()
+
+
+def test_schedule_is_the_same_at_run_time():
+    mask = np.random.default_rng(0).random((5, 7)) < 0.4
+    static, traced = schedule.blocks(mask, 2, 3), jax.jit(lambda m: schedule.blocks(m, 2, 3))(mask)
+    assert all(isinstance(x, np.ndarray) for x in static)
+    jax.tree.map(np.testing.assert_array_equal, static, traced)
+
+
+def test_misfits():
+    q = jnp.zeros((1, 2, 3, 4, 8))
+    with pytest.raises(ValueError, match=r"\(1, 2, 3, 4, 8\), got \(1, 2, 3, 5, 8\)"):
+        k = jnp.zeros((1, 2, 3, 5, 8))
+        dispatch.attend("xla", q, [(k, k, dispatch.keep_static(np.ones((3, 3), bool)), None)])
+    with pytest.raises(ValueError, match=r"mask of \(3, 2\) does not fit 3 query and 3 key"):
+        dispatch.attend("xla", q, [(q, q, dispatch.keep_static(np.ones((3, 2), bool)), None)])
+
+
+def test_an_implementation_that_the_device_lacks(monkeypatch):
+    only_tpu = dispatch.Implementation(reference.attend, ("tpu",))
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "for_tpu", only_tpu)
+    with pytest.raises(UserError, match="for_tpu, which runs on tpu; this machine has cpu"):
+        dispatch.choose("for_tpu", "cpu")
