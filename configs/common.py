@@ -118,6 +118,7 @@ def model(options: ConfigDict) -> ConfigDict:
     config.gate_init = 1.0
     config.prediction = "x0"
     config.dtype = "float32"
+    config.attention = "auto"  # see cfpp.attention.dispatch
     config.remat = "none"
     config.unroll = 4
     if options.smoke:
