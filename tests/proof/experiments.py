@@ -151,13 +151,16 @@ def map_error(student: Student, levels: np.ndarray, size: int = 1024, seed: int 
     clean, condition = batch(student.world, jax.random.key(seed), size)
     noise = jax.random.normal(jax.random.key(seed + 1), clean.shape)
     exact = student.world.flow_map(clean, condition)
-    rms = lambda x: jnp.sqrt(jnp.mean(jnp.square(x)))
 
     def at_level(params, sigma):
         sigma = jnp.full(clean.shape[:2], sigma)
         x = flow.interpolate(clean, noise, sigma)
         velocity = student.teacher_forced(params, clean, condition)
-        x0 = exact(x, sigma)
-        return rms(flow.to_x0(x, velocity(x, sigma), sigma) - x0) / rms(x0)
+        return relative_error(flow.to_x0(x, velocity(x, sigma), sigma), exact(x, sigma))
 
     return lambda params: jax.lax.map(lambda s: at_level(params, s), jnp.asarray(levels))
+
+
+def relative_error(x: jax.Array, exact: jax.Array) -> jax.Array:
+    """The root mean square of the difference over that of the exact values."""
+    return jnp.sqrt(jnp.mean(jnp.square(x - exact)) / jnp.mean(jnp.square(exact)))

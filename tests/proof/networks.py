@@ -1,0 +1,99 @@
+"""The library's DiT trained through its stages on clips of the linear-Gaussian world."""
+
+import functools
+import importlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfpp import stages
+from cfpp.data.linear_gaussian import World
+from cfpp.models.network import Network
+from cfpp.rollout import generate
+from configs import common
+from tests.proof.experiments import FRAMES, batch
+
+JOBS = {"ar_diffusion": "stage1", "consistency": "stage2", "ode": "stage2_ode", "dmd": "stage3"}
+
+
+def config_of(world: World, stage: str, steps: int, rate: float, **fields):
+    """A stage's config, its network shrunk to fit the world."""
+    config = importlib.import_module(f"configs.{JOBS[stage]}").get_config()
+    config.steps = steps
+    height, width, channels = world.shape
+    config.data.update({"frames": FRAMES, "height": height, "width": width})
+    config.data.num_actions = config.model.num_actions = len(world.pushes)
+    config.model.update({"height": height, "width": width, "channels": channels, "patch": 1})
+    config.model.update({"dim": 64, "ffn_dim": 128, "heads": 2, "layers": 2, "unroll": 2})
+    config.model.frequency_dim = 64
+    config.optimizer = common.optimizer("adamw", rate)
+    config.shift = 1.0
+    config.update(fields)
+    return config
+
+
+def train(world: World, config, parents, size: int, seed: int = 0, every: int = 100):
+    """Runs a stage over fresh clips; returns its averaged parameters and its mean losses."""
+    stage = stages.build(config)
+    state = nn.meta.unbox(jax.jit(stage.init)(jax.random.key(seed), parents))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def stretch(state, rng):
+        def step(state, rng):
+            data_rng, step_rng = jax.random.split(rng)
+            clips, condition = batch(world, data_rng, size)
+            state, metrics = stage.step(state, {"video": clips} | condition, step_rng)
+            return state, metrics["loss"]
+
+        state, loss = jax.lax.scan(step, state, jax.random.split(rng, every))
+        return state, jnp.mean(loss)
+
+    state = jax.tree.map(jnp.copy, state)  # parents, parameters and average may share buffers
+    losses = []
+    for rng in jax.random.split(jax.random.key(seed + 1), config.steps // every):
+        state, loss = stretch(state, rng)
+        losses.append(float(loss))
+    return state.ema, losses
+
+
+def rollouts(config, params, sampler, actions, size: int, seed: int = 0) -> np.ndarray:
+    """Clips `[size, F, D]` that the network rolls out from noise, all with the same actions."""
+    network = Network.create(config.model, config.pattern).rolled()
+    rollout = generate.Rollout(network, sampler)
+    frames = len(actions)
+    condition = {"actions": jnp.tile(np.asarray(actions), (size, 1))}
+
+    @jax.jit
+    def run(params, rng):
+        dit = network.dit
+        empty = jnp.zeros((size, 0, dit.height, dit.width, dit.channels))
+        nothing = {"actions": condition["actions"][:, :0]}
+        stream = rollout.start(params, empty, nothing, frames)
+        noise = generate.gaussian_noise(rng, stream.pending.shape)
+        sigmas = jnp.asarray(sampler.sigmas)[np.minimum(np.arange(frames), 1)]
+        last = jnp.asarray(sampler.last)[np.minimum(np.arange(frames), 1)]
+        return rollout.unroll(params, stream, condition, frames, noise, sigmas, last)[1].x0
+
+    return np.asarray(run(params, jax.random.key(seed))).reshape(size, frames, -1)
+
+
+def deviations(clips: np.ndarray, law) -> dict[str, np.ndarray]:
+    """How far the mean and the covariance of each frame are from a law's, `[F]`.
+
+    mean: the largest difference, in standard deviations. covariance: the norm of the difference
+    relative to the norm.
+    """
+    frames, size = clips.shape[1:]
+    mean = np.asarray(law.mean).reshape(frames, size)
+    own = np.asarray(law.covariance).reshape(frames, size, frames, size)
+    own = np.stack([own[i, :, i] for i in range(frames)])
+    got = np.stack([np.cov(clips[:, i].T) for i in range(frames)])
+    spread = np.sqrt(own.diagonal(axis1=1, axis2=2))
+    norm = lambda x: np.linalg.norm(x, axis=(1, 2))
+    return {
+        "mean": np.max(np.abs(clips.mean(0) - mean) / spread, 1),
+        "covariance": norm(got - own) / norm(own),
+        "variance": np.trace(got, axis1=1, axis2=2) / np.trace(own, axis1=1, axis2=2),
+    }
