@@ -164,3 +164,10 @@ def map_error(student: Student, levels: np.ndarray, size: int = 1024, seed: int 
 def relative_error(x: jax.Array, exact: jax.Array) -> jax.Array:
     """The root mean square of the difference over that of the exact values."""
     return jnp.sqrt(jnp.mean(jnp.square(x - exact)) / jnp.mean(jnp.square(exact)))
+
+
+def within_standard_errors(samples, expected, errors=5.0):
+    """The mean of `samples` over their first axis is `expected`."""
+    mean, spread = np.mean(samples, 0), np.std(samples, 0)
+    deviation = np.abs(mean - expected) / (spread / np.sqrt(len(samples)) + 1e-12)
+    assert deviation.max() < errors, f"{deviation.max():.1f} standard errors"

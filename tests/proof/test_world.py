@@ -14,7 +14,7 @@ from cfpp import flow
 from cfpp.data import linear_gaussian
 from cfpp.data.linear_gaussian import Affine, Gaussian
 from tests.proof import experiments
-from tests.proof.experiments import ACTIONS, FRAMES
+from tests.proof.experiments import ACTIONS, FRAMES, within_standard_errors
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -25,13 +25,6 @@ SIZE = WORLD.size
 def clips(batch, seed=0):
     actions = jnp.tile(ACTIONS, (batch, 1))
     return WORLD.sample(jax.random.key(seed), actions), {"actions": actions}
-
-
-def within_standard_errors(samples, expected, errors=5.0):
-    """The mean of `samples` over their first axis is `expected`."""
-    mean, spread = np.mean(samples, 0), np.std(samples, 0)
-    deviation = np.abs(mean - expected) / (spread / np.sqrt(len(samples)) + 1e-12)
-    assert deviation.max() < errors, f"{deviation.max():.1f} standard errors"
 
 
 def has_law(x, law):
