@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def encode(video: jax.Array) -> jax.Array:
-    """Maps uint8 video to float32 latents in [-1, 1], shape unchanged. Floats are latents already."""
+    """Maps uint8 video to float32 latents in [-1, 1]. Floats are latents already, and stay."""
     if jnp.issubdtype(video.dtype, jnp.floating):
         return video
     return video.astype(jnp.float32) / 127.5 - 1

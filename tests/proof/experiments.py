@@ -146,6 +146,37 @@ def train(loss, params, measure, *, steps, every, size, rate, decay=0.9, seed=0,
     return carry[0], np.stack(measured)
 
 
+def race(student, rate, *, draws=1, size=64, steps=1600, every=20, seed=0):
+    """Causal CD against causal ODE with one constant rate and the same clips a step.
+
+    Returns:
+      For each, teacher steps taken `[measurements]` in units of a batch of clips, and the largest
+      error of the map at the two levels of a 2-step student, relative. The loss of CD takes `draws`
+      of each clip; its teacher takes one solver step a draw, that of ODE N a trajectory.
+    """
+    levels = len(student.grid) - 1
+    points = np.array([0, levels // 2])
+    measure = map_error(student, student.grid[points])
+    runs = {
+        "cd": (draws, consistency_loss(student, student.grid, "heun", levels, draws)),
+        "ode": (levels, ode_loss(student, student.grid, "heun", points)),
+    }
+    curves = {}
+    for name, (cost, loss) in runs.items():
+        start = student.init(jax.random.key(seed))
+        _, errors = train(
+            loss, start, measure, steps=steps, every=every, size=size, rate=rate, final=1.0
+        )
+        curves[name] = cost * every * np.arange(len(errors)), errors.max(1)
+    return curves
+
+
+def spent(curve, target: float) -> int | None:
+    """The teacher steps after which the error of a `race` is first below `target`."""
+    reached = np.flatnonzero(curve[1] < target)
+    return int(curve[0][reached[0]]) if len(reached) else None
+
+
 def map_error(student: Student, levels: np.ndarray, size: int = 1024, seed: int = 100):
     """`params -> [levels]`: error of the student's map against the exact one, relative, rms."""
     clean, condition = batch(student.world, jax.random.key(seed), size)

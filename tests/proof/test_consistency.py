@@ -40,7 +40,7 @@ def test_converges_to_the_flow_map(scale):
 
 
 def test_without_the_last_pair_it_stays_where_it_started():
-    """Levels 0 .. N - 2 learn the solver's path down to level N - 1, and there the map never moves."""
+    """The other levels learn the solver's path to level N - 1, and there the map never moves."""
     student = experiments.separate(WORLD, GRID)
     start, trained, errors = distilled(student, N - 1, 0.3)
     assert errors[-1].min() > 0.03, f"relative error by level {errors[-1].round(4)}"

@@ -127,27 +127,13 @@ def test_law_of_a_student_of_the_bidirectional_teacher():
     np.testing.assert_allclose(got.mean, law.mean, atol=1e-12)
 
 
-def test_stage_reaches_the_flow_map_and_consistency_needs_fewer_teacher_evaluations():
+def test_same_map_as_consistency_which_needs_fewer_teacher_evaluations():
     """The stage-2 claim, counted: to 3 % at both levels of a 2-step student, same optimiser.
 
-    Both pay two velocities a Heun step: one step a draw against one step a level.
+    One solver step a draw against one a level. The factor of 4 is the paper's; at which rates it
+    holds is in docs/proof.md.
     """
-    levels, steps = 24, 1600
-    grid = np.asarray(flow.grid(levels, 1.0), np.float64)
-    learner = experiments.separate(WORLD, grid)
-    points = np.array([0, levels // 2])
-    losses = {
-        1: experiments.consistency_loss(learner, grid, "heun", levels, draws=1),
-        levels: experiments.ode_loss(learner, grid, "heun", points),
-    }
-    spent, final = {}, {}
-    for cost, loss in losses.items():
-        measure = experiments.map_error(learner, grid[points])
-        start = learner.init(jax.random.key(0))
-        _, errors = experiments.train(
-            loss, start, measure, steps=steps, every=20, size=64, rate=0.003, final=1.0
-        )
-        final[cost] = errors[-1].max()
-        spent[cost] = cost * 20 * int(np.argmax(errors.max(1) < 0.03))
-    assert max(final.values()) < 0.01
-    assert spent[levels] > 4 * spent[1] > 0
+    learner = experiments.separate(WORLD, np.asarray(flow.grid(24, 1.0), np.float64))
+    curves = experiments.race(learner, rate=0.003, steps=1200)
+    assert curves["ode"][1][-1] < 0.01
+    assert experiments.spent(curves["ode"], 0.03) > 4 * experiments.spent(curves["cd"], 0.03) > 0
