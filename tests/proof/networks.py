@@ -97,3 +97,26 @@ def deviations(clips: np.ndarray, law) -> dict[str, np.ndarray]:
         "covariance": norm(got - own) / norm(own),
         "variance": np.trace(got, axis1=1, axis2=2) / np.trace(own, axis1=1, axis2=2),
     }
+
+
+def recipe(world: World, actions, size: int = 64, clips: int = 8192) -> dict[str, np.ndarray]:
+    """Stages 1, 2 and 3 from nothing; clips `[clips, F, D]` of each stage's model by name.
+
+    The teacher takes 48 Euler steps a frame; students the 2 that stage 3 trains them for, and 1.
+    """
+    teacher = config_of(world, "ar_diffusion", 4000, 3e-3)
+    student = config_of(world, "consistency", 1000, 1e-3, grid_steps=24, solver="heun")
+    final = config_of(world, "dmd", 200, 1e-4, given=0)
+    final.critic_optimizer.rate = 2e-4
+    trained = {}
+    trained["teacher"], _ = train(world, teacher, {}, size)
+    trained["CD"], _ = train(world, student, {"teacher": trained["teacher"]}, size)
+    parents = {"student": trained["CD"], "real": trained["teacher"]}
+    trained["DMD"], _ = train(world, final, parents, size, every=50)
+    few = {f"{k} steps": generate.consistency(k, 1.0) for k in (1, 2)}
+    samplers = {"teacher": {"48 steps": generate.euler(48, 1.0)}, "CD": few, "DMD": few}
+    return {
+        f"{name}, {steps}": rollouts(teacher, params, sampler, actions, clips)
+        for name, params in trained.items()
+        for steps, sampler in samplers[name].items()
+    }

@@ -1,0 +1,260 @@
+"""Regenerates the numbers and figures of `docs/proof.md`: minutes on two cores.
+
+python -m benchmarks.proof                 # or: --only=solvers,consistency,race,collapse,network
+
+Writes `benchmarks/results/proof.json` and `docs/images/proof_*.png`. What it computes is what
+`tests/proof` asserts, at more points.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfpp import flow
+from cfpp.data import linear_gaussian
+from cfpp.stages import ode
+from tests.proof import experiments, networks
+from tests.proof.experiments import ACTIONS, FRAMES
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "proof.json"
+IMAGES = ROOT / "docs" / "images"
+
+WORLD = linear_gaussian.example()
+GRID = np.asarray(flow.grid(24, 1.0), np.float64)
+RATES = (0.001, 0.003, 0.01, 0.03)
+TARGET = 0.03  # relative error that the race of CD and ODE is run to
+BLUE, ORANGE, GREEN, GREY = "#3b6fd4", "#e07b00", "#1a9850", "#8a8f99"
+
+
+def solvers() -> dict:
+    """The error of whole trajectories by solver, shift and number of steps."""
+    x0, condition = experiments.batch(WORLD, jax.random.key(0), 256)
+    noise = jax.random.normal(jax.random.key(1), x0.shape)
+    teacher = WORLD.teacher_forced(x0, condition)
+    exact = WORLD.flow_map(x0, condition)(noise, jnp.ones(noise.shape[:2]))
+    counts = [12, 24, 48, 96, 192]
+    errors = {}
+    for solver in flow.SOLVERS:
+        for shift in (1.0, 5.0):
+            end = jax.jit(lambda grid, s=solver: ode.trajectory(teacher, noise, grid, s)[-1])
+            errors[f"{solver}, shift {shift:g}"] = [
+                float(
+                    experiments.relative_error(end(jnp.asarray(flow.grid(n, shift), float)), exact)
+                )
+                for n in counts
+            ]
+    return {"steps": counts, "errors": errors}
+
+
+def consistency() -> dict:
+    """The error of the consistency map by level, with and without the last pair."""
+    student = experiments.separate(WORLD, GRID)
+    measure = experiments.map_error(student, GRID[:-1])
+    rows = {}
+    for start, scale in (("teacher", 0.0), ("random", 0.3)):
+        for pairs, levels in (("all pairs", 24), ("without the last", 23)):
+            loss = experiments.consistency_loss(student, GRID, "heun", levels, draws=1)
+            params = student.init(jax.random.key(1), scale)
+            _, errors = experiments.train(
+                loss, params, measure, steps=2000, every=250, size=64, rate=0.03
+            )
+            rows[f"{start}, {pairs}"] = np.asarray(errors).tolist()
+    return {"sigma": GRID[:-1].tolist(), "every": 250, "errors": rows}
+
+
+def race() -> dict:
+    """Teacher steps to a given error, CD against ODE: by rate, and by draws of a clean pass."""
+    out = {"rates": list(RATES), "target": TARGET, "steps": {}, "draws": []}
+    for levels in (24, 48):
+        student = experiments.separate(WORLD, np.asarray(flow.grid(levels, 1.0), np.float64))
+        rows = []
+        for rate in RATES:
+            curves = experiments.race(student, rate, steps=4000 if rate < 0.003 else 2400)
+            rows.append({name: experiments.spent(curve, TARGET) for name, curve in curves.items()})
+            if (levels, rate) == (24, 0.003):
+                out["curves"] = {
+                    name: [np.asarray(part).tolist() for part in curve]
+                    for name, curve in curves.items()
+                }
+        out["steps"][levels] = rows
+    student = experiments.separate(WORLD, GRID)
+    measure = experiments.map_error(student, GRID[[0, 12]])
+    for clips, draws in ((64, 1), (32, 2), (16, 4), (8, 8), (64, 4)):
+        loss = experiments.consistency_loss(student, GRID, "heun", 24, draws)
+        _, errors = experiments.train(
+            loss, student.init(jax.random.key(0)), measure,
+            steps=1600, every=20, size=clips, rate=0.003, final=1.0,
+        )  # fmt: skip
+        spent = experiments.spent((20 * np.arange(len(errors)), errors.max(1)), TARGET)
+        passes = None if spent is None else spent * clips * (1 + draws)
+        out["draws"].append(
+            {"clips": clips, "draws": draws, "updates": spent, "clip_passes": passes}
+        )
+    return out
+
+
+def collapse() -> dict:
+    """What regression onto the bidirectional teacher loses, by closed form."""
+    law, size = WORLD.law(ACTIONS), WORLD.size
+    sigmas = np.linspace(0.02, 1, 50)
+    lost = [
+        [
+            float(
+                jnp.trace(linear_gaussian.regression(law, sigma, i, size)[1])
+                / jnp.trace(WORLD.conditional(i, 0).covariance)
+            )
+            for sigma in sigmas
+        ]
+        for i in range(FRAMES)
+    ]
+    rolled = {}
+    variance = lambda law: np.diag(law.covariance).reshape(FRAMES, size).sum(1)
+    for steps in (1, 2, 4):
+        levels = 1 - np.arange(steps) / steps
+        maps = [
+            [linear_gaussian.regression(law, s, i, size)[0] for s in levels] for i in range(FRAMES)
+        ]
+        got = linear_gaussian.rollout(maps, levels)
+        rolled[steps] = {
+            "variance": (variance(got) / variance(law)).tolist(),
+            "divergence": float(got.divergence(law)),
+        }
+    return {"sigma": sigmas.tolist(), "lost": lost, "rollout": rolled}
+
+
+def network() -> dict:
+    """The DiT through stages 1, 2 and 3: how far each frame's mean and covariance are off."""
+    world = dataclasses.replace(WORLD, shape=(1, 1, 4))
+    law = jax.tree.map(np.asarray, world.law(ACTIONS))
+    begin = time.perf_counter()
+    with jax.enable_x64(False):
+        clips = networks.recipe(world, ACTIONS)
+    rows = {
+        name: {key: value.tolist() for key, value in networks.deviations(x, law).items()}
+        for name, x in clips.items()
+    }
+    return {"rows": rows, "seconds": round(time.perf_counter() - begin)}
+
+
+def figure(panels: int, width: float):
+    """Axes side by side, in the style of the evaluation's reports."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    out = Figure(figsize=(width, 3.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(out)
+    axes = out.subplots(1, panels, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#e6e8ec", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return out, axes
+
+
+def draw_consistency(results: dict) -> None:
+    """Error against sigma, solver orders beside it."""
+    out, (left, right) = figure(2, 9.5)
+    found = results["consistency"]
+    style = {
+        "teacher, all pairs": (BLUE, "-", "from the teacher"),
+        "random, all pairs": (GREEN, "-", "from random weights"),
+        "teacher, without the last": (BLUE, ":", "from the teacher, last pair never drawn"),
+        "random, without the last": (ORANGE, ":", "from random weights, last pair never drawn"),
+    }
+    for name, (color, dashes, label) in style.items():
+        left.plot(
+            found["sigma"], found["errors"][name][-1], color=color, ls=dashes, lw=2, label=label
+        )
+    left.axhline(0.01, color=GREY, lw=1)
+    left.set(yscale="log", xlabel="sigma", ylim=(1e-4, 0.2))
+    left.set_title("Error of the map after causal CD", loc="left", fontsize=10, fontweight="bold")
+    left.legend(frameon=False, fontsize=8)
+    found = results["solvers"]
+    for name, errors in found["errors"].items():
+        solver, _, shift = name.partition(", shift ")
+        color = BLUE if solver == "euler" else ORANGE
+        right.loglog(
+            found["steps"], errors, "o-" if shift == "1" else "o:", color=color, ms=4, label=name
+        )
+    right.set(xlabel="solver steps N", xticks=found["steps"], xticklabels=found["steps"])
+    right.minorticks_off()
+    right.set_title("Error of the solver's path", loc="left", fontsize=10, fontweight="bold")
+    right.legend(frameon=False, fontsize=8)
+    out.savefig(IMAGES / "proof_consistency.png")
+
+
+def draw_race(results: dict) -> None:
+    """CD against ODE by teacher steps, and the ratio by rate."""
+    out, (left, right) = figure(2, 9.5)
+    found = results["race"]
+    for name, color, label in (("cd", BLUE, "causal CD"), ("ode", ORANGE, "causal ODE")):
+        spent, errors = found["curves"][name]
+        left.loglog(spent[1:], errors[1:], color=color, lw=2, label=label)
+    left.axhline(found["target"], color=GREY, lw=1)
+    left.set(xlabel="teacher steps (batches of 64 clips)")
+    left.set_title("Error of the map, rate 0.003", loc="left", fontsize=10, fontweight="bold")
+    left.legend(frameon=False, fontsize=9)
+    for (levels, rows), color in zip(found["steps"].items(), (BLUE, GREEN), strict=True):
+        ratio = [row["ode"] / row["cd"] if row["cd"] and row["ode"] else np.nan for row in rows]
+        right.loglog(found["rates"], ratio, "o-", color=color, lw=2, label=f"N = {levels}")
+    right.axhline(4, color=GREY, lw=1)
+    right.set(xlabel="learning rate", yticks=[1, 2, 4, 8, 16, 32], ylim=(1, 40))
+    right.set_yticklabels([1, 2, 4, 8, 16, 32])
+    right.minorticks_off()
+    right.set_title("Teacher steps, ODE by CD", loc="left", fontsize=10, fontweight="bold")
+    right.legend(frameon=False, fontsize=9)
+    out.savefig(IMAGES / "proof_race.png")
+
+
+def draw_collapse(results: dict) -> None:
+    """Variance lost by regression onto the bidirectional teacher."""
+    out, (left, right) = figure(2, 9.5)
+    found = results["collapse"]
+    colors = (BLUE, GREEN, ORANGE, GREY)
+    for i, (lost, color) in enumerate(zip(found["lost"], colors, strict=True)):
+        left.plot(found["sigma"], np.multiply(100, lost), color=color, lw=2, label=f"frame {i + 1}")
+    left.set(xlabel="sigma", ylim=(-1, None))
+    left.set_title("Variance lost in training (%)", loc="left", fontsize=10, fontweight="bold")
+    left.legend(frameon=False, fontsize=9)
+    right.axhline(100, color=GREY, lw=1)
+    frames = np.arange(1, FRAMES + 1)
+    for (steps, row), color in zip(found["rollout"].items(), colors, strict=False):
+        right.plot(
+            frames, np.multiply(100, row["variance"]), "o-", color=color, lw=2,
+            label=f"{steps} step" + "s" * (int(steps) > 1),
+        )  # fmt: skip
+    right.set(xlabel="frame", xticks=frames, ylim=(0, 105))
+    right.set_title("Variance left in a rollout (%)", loc="left", fontsize=10, fontweight="bold")
+    right.legend(frameon=False, fontsize=9)
+    out.savefig(IMAGES / "proof_collapse.png")
+
+
+PARTS = {part.__name__: part for part in (solvers, consistency, race, collapse, network)}
+
+
+def main() -> None:
+    """Reads the command line, writes the results and draws them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to compute anew")
+    names = parser.parse_args().only.split(",")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in names:
+        begin = time.perf_counter()
+        with jax.enable_x64(True):
+            # Through JSON, so that what is drawn is what is kept.
+            results[name] = json.loads(json.dumps(PARTS[name]()))
+        print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    for draw in (draw_consistency, draw_race, draw_collapse):
+        draw(results)
+
+
+if __name__ == "__main__":
+    main()
