@@ -75,8 +75,8 @@ class Tpu:
         self.options = options
 
     def describe(self) -> Command:
-        """Asks for the state."""
-        return self._queue("describe", "--format=value(state.state)")
+        """Asks for the state and, where it failed, why."""
+        return self._queue("describe", "--format=value(state.state,state.failedData.error.message)")
 
     def create(self) -> Command:
         """Asks for the slice."""
@@ -97,7 +97,7 @@ class Tpu:
 
     def delete(self) -> Command:
         """Gives the slice back."""
-        return self._queue("delete", "--force", "--quiet")
+        return self._queue("delete", "--force")
 
     def ssh(self, command: str, worker: str = "all") -> Command:
         """Runs a command on one host or all of them."""
@@ -157,7 +157,7 @@ class Gpu:
 
     def delete(self) -> Command:
         """Deletes the machine and its disk."""
-        return self._instance("delete", "--quiet")
+        return self._instance("delete")
 
     def ssh(self, command: str, worker: str = "all") -> Command:
         """Runs a command on the machine."""
@@ -178,7 +178,7 @@ class Gpu:
 
 def _place(options: argparse.Namespace) -> list[str]:
     project = [f"--project={options.project}"] if options.project else []
-    return [f"--zone={options.zone}", *project]
+    return [f"--zone={options.zone}", *project, "--quiet"]
 
 
 Machine = Tpu | Gpu
@@ -219,17 +219,18 @@ def say(message: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
 
 
-def state_of(machine: Machine, call: Call) -> str:
-    """The machine's state.
+def state_of(machine: Machine, call: Call) -> tuple[str, str]:
+    """The machine's state, and the reason for it where one is given.
 
     Raises:
       Failure: gcloud does not tell.
     """
     try:
-        return machine.states.get(call(machine.describe()).strip(), WAITING)
+        state, _, reason = call(machine.describe()).strip().partition("\t")
+        return machine.states.get(state, WAITING), reason
     except Failure as error:
         if NOT_FOUND.search(str(error)):
-            return ABSENT
+            return ABSENT, ""
         raise
 
 
@@ -242,20 +243,20 @@ def create(machine: Machine, call: Call) -> None:
     name, told, failures = machine.options.name, None, 0
     while True:
         try:
-            state = state_of(machine, call)
+            state, reason = state_of(machine, call)
             failures = 0
         except Failure as error:
             failures += 1
             if failures == PATIENCE:
                 raise
             say(f"{name}: gcloud failed, trying again: {error}")
-            state = WAITING
+            state, reason = WAITING, ""
         if state == READY:
             if told:
                 say(f"{name} is ready")
             return
         if state != told:
-            say(f"{name} is {state}")
+            say(f"{name} is {state}" + (f": {reason}" if reason else ""))
             told = state
         if state != WAITING:
             try:
@@ -388,7 +389,7 @@ def fetch(machine: Machine, call: Call) -> None:
 
 def delete(machine: Machine, call: Call) -> None:
     """Deletes the machine, if it is there."""
-    if state_of(machine, call) == ABSENT:
+    if state_of(machine, call)[0] == ABSENT:
         say(f"{machine.options.name} is gone already")
     else:
         call(machine.delete())

@@ -139,7 +139,7 @@ def test_a_tpu_without_capacity_is_asked_for_again(cloud):
     assert done.returncode == 0, done.stderr
     changes = cloud.calls("create", "delete")
     assert changes == ["create", "delete", "create", "delete", "create"]
-    assert "cf is lost" in done.stderr and done.stderr.endswith("cf is ready\n")
+    assert "cf is lost: no such capacity" in done.stderr and done.stderr.endswith("cf is ready\n")
 
 
 def test_a_gpu_without_capacity_is_asked_for_again(cloud):
