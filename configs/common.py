@@ -47,6 +47,7 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
     config.seed = 0
     config.steps = 1000
     config.batch_size = 8
+    config.accumulate = 1  # parts of a batch gone through one after another, to save memory
     config.log_every = 20
     config.save_every = 100
     config.sample_every = 0  # steps between sample videos; 0 is never

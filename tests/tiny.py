@@ -22,8 +22,11 @@ def network(pattern: Pattern | None = None, **model) -> Network:
 
 def params(net: Network, seed: int = 0):
     """Random values in every parameter: zeros and ones would hide mistakes."""
+    return params_like(nn.meta.unbox(jax.eval_shape(net.init, jax.random.key(0))), seed)
+
+
+def params_like(shapes, seed: int = 0):
     rng = np.random.default_rng(seed)
-    shapes = nn.meta.unbox(jax.eval_shape(net.init, jax.random.key(0)))
 
     def draw(path, leaf):
         noise = rng.standard_normal(leaf.shape, np.float32)

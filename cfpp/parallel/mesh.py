@@ -55,17 +55,18 @@ def create(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | No
     return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES)
 
 
-def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
-    """Batches are divided over the data and fsdp axes.
+def batch_sharding(mesh: Mesh, batch_size: int, accumulate: int = 1) -> NamedSharding:
+    """Batches, and each of their `accumulate` parts, are divided over the data and fsdp axes.
 
     Raises:
       UserError: the batch does not divide.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % ways:
+    if batch_size % (ways * accumulate):
+        parts = f"{accumulate} parts (config.accumulate) for each of " if accumulate > 1 else ""
         raise UserError(
-            f"config.batch_size is {batch_size}; it must be a multiple of the {ways} devices on "
-            "the mesh's data and fsdp axes"
+            f"config.batch_size is {batch_size}; it must be a multiple of {parts}the {ways} "
+            "devices on the mesh's data and fsdp axes"
         )
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 

@@ -43,11 +43,12 @@ def build(config) -> Stage:
         sigma = draw_sigma(sigma_rng, network.pattern, shape, config.shift)
         condition = network.drop(drop_rng, condition, config.drop_rate)
 
-        def loss(params):
+        def loss(params, inputs):
+            clean, condition, x0, noise, sigma = inputs
             velocity = network.teacher_forced(params, clean, condition)
             error = flow.matching_loss(velocity, x0, noise, sigma, config.sigma_floor)
             return jnp.mean(error)
 
-        return descend(state, transform, loss, config.ema)
+        return descend(state, transform, loss, (clean, condition, x0, noise, sigma), config)
 
     return Stage(init, step, optional=("base",))

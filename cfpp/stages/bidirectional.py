@@ -35,11 +35,14 @@ def build(config) -> Stage:
         sigma = jnp.where(held, 0.0, sigma)
         condition = network.drop(drop_rng, condition, config.drop_rate)
 
-        def loss(params):
+        weight = ~held / jnp.mean(~held)  # the mean over the frames that are not held
+
+        def loss(params, inputs):
+            condition, x0, noise, sigma, weight = inputs
             velocity = network.bidirectional(params, condition)
             error = flow.matching_loss(velocity, x0, noise, sigma, config.sigma_floor)
-            return jnp.mean(error, where=~held)
+            return jnp.mean(error * weight)
 
-        return descend(state, transform, loss, config.ema)
+        return descend(state, transform, loss, (condition, x0, noise, sigma, weight), config)
 
     return Stage(init, step, optional=("base",))

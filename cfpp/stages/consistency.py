@@ -112,16 +112,18 @@ def build(config) -> Stage:
             index_rng, (len(clean), config.draws, chunk[-1] + 1), 0, config.grid_steps
         )
         index = index[:, :, chunk].reshape(x0.shape[:2])
-        ema = network.teacher_forced(state.ema, clean, condition)
-        teacher = network.teacher_forced(state.frozen["teacher"], clean, condition, config.guidance)
+        teacher_params = state.frozen["teacher"]
 
-        def mean_loss(params):
+        def mean_loss(params, inputs):
+            clean, condition, x0, noise, index = inputs
+            ema = network.teacher_forced(state.ema, clean, condition)
+            teacher = network.teacher_forced(teacher_params, clean, condition, config.guidance)
             student = network.teacher_forced(params, clean, condition)
             value = loss(
                 student, ema, teacher, x0, noise, index, grid, config.solver, config.distance
             )
             return jnp.mean(value)
 
-        return descend(state, transform, mean_loss, config.ema)
+        return descend(state, transform, mean_loss, (clean, condition, x0, noise, index), config)
 
     return Stage(init, step, required=("teacher",))

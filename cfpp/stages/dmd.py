@@ -186,34 +186,43 @@ def build(config) -> Stage:
         steps = np.array([len(first) - 1] + [len(sigmas) - 1] * (chunks - 1))
         return jnp.floor(u * steps).astype(jnp.int32)
 
-    def fresh_clip(params, x0, condition, rng):
-        exit_rng, noise_rng = jax.random.split(rng)
-        noise = gaussian_noise(noise_rng, (len(x0), network.pattern.chunk, *x0.shape[2:]))
-        return self_rollout(rollout, params, x0, condition, given, noise, draw_exits(exit_rng))
-
-    def draw_noise(rng, x):
-        noise_rng, sigma_rng = jax.random.split(rng)
+    def draw(rng, x0):
+        """Exits; and for each clip a key of its rollout's noise, the scores' noise and sigma."""
+        exit_rng, rollout_rng, noise_rng, sigma_rng = jax.random.split(rng, 4)
         if config.real_score == "bidirectional":
-            u = jax.random.uniform(sigma_rng, (len(x), 1))
-            sigma = jnp.broadcast_to(flow.shift(u, config.score_shift), x.shape[:2])
+            u = jax.random.uniform(sigma_rng, (len(x0), 1))
+            sigma = jnp.broadcast_to(flow.shift(u, config.score_shift), x0.shape[:2])
         else:
-            shape = (len(x), 1, frames)
+            shape = (len(x0), 1, frames)
             sigma = draw_sigma(sigma_rng, network.pattern, shape, config.score_shift)
         sigma = jnp.where(generated, jnp.clip(sigma, low, high), 0.0)
-        return jax.random.normal(noise_rng, x.shape), sigma
+        clip_rngs = jax.random.split(rollout_rng, len(x0))
+        return draw_exits(exit_rng), (clip_rngs, jax.random.normal(noise_rng, x0.shape), sigma)
+
+    def fresh_clip(params, x0, condition, rngs, last):
+        shape = (network.pattern.chunk, *x0.shape[2:])
+        noise = lambda frame, step: jax.vmap(lambda rng: gaussian_noise(rng, shape)(frame, step))(
+            rngs
+        )
+        return self_rollout(rollout, params, x0, condition, given, noise, last)
 
     def train_critic(state, x0, condition, rng):
-        rollout_rng, noise_rng = jax.random.split(rng)
-        _, x, _, _ = fresh_clip(state.params["model"], x0, condition, rollout_rng)
-        noise, sigma = draw_noise(noise_rng, x)
+        last, drawn = draw(rng, x0)
 
-        def mean_loss(params):
+        def mean_loss(params, inputs):
+            x0, condition, (rngs, noise, sigma) = inputs
+            _, x, _, _ = fresh_clip(state.params["model"], x0, condition, rngs, last)
             velocity = score(params, x, condition)
             value = flow.matching_loss(velocity, x, noise, sigma, config.sigma_floor)
             return jnp.mean(value, where=generated)
 
         params, optimizer_state, metrics = update(
-            critic_transform, mean_loss, state.params["critic"], state.optimizer["critic"]
+            critic_transform,
+            mean_loss,
+            state.params["critic"],
+            state.optimizer["critic"],
+            (x0, condition, drawn),
+            config.accumulate,
         )
         state = state.replace(
             params=state.params | {"critic": params},
@@ -222,18 +231,19 @@ def build(config) -> Stage:
         return state, metrics["loss"]
 
     def train_student(state, x0, condition, rng):
-        rollout_rng, noise_rng = jax.random.split(rng)
-        cache, x, inputs, sigma = fresh_clip(state.params["model"], x0, condition, rollout_rng)
-        noise, score_sigma = draw_noise(noise_rng, x)
-        real = score(state.frozen["real"], x, condition, config.guidance)
-        fake = score(state.params["critic"], x, condition)
-        g = gradient(real, fake, x, noise, score_sigma)
+        last, drawn = draw(rng, x0)
 
-        def mean_loss(params):
-            x_replayed = replay(student, params, cache, inputs, sigma, condition)
+        def mean_loss(params, inputs):
+            x0, condition, (rngs, noise, score_sigma) = inputs
+            before = state.params["model"]  # not `params`: the rollout has no gradient
+            cache, x, last_input, sigma = fresh_clip(before, x0, condition, rngs, last)
+            real = score(state.frozen["real"], x, condition, config.guidance)
+            fake = score(state.params["critic"], x, condition)
+            g = gradient(real, fake, x, noise, score_sigma)
+            x_replayed = replay(student, params, cache, last_input, sigma, condition)
             return jnp.mean(loss(x_replayed, g[:, given:]))
 
-        return descend(state, transform, mean_loss, config.ema)
+        return descend(state, transform, mean_loss, (x0, condition, drawn), config)
 
     def step(state, batch, rng):
         x0, condition = clip(batch)

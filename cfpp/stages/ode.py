@@ -70,16 +70,18 @@ def build(config) -> Stage:
     def step(state, batch, rng):
         clean, condition = clip(batch)
         noise = jax.random.normal(rng, clean.shape)
-        teacher = network.teacher_forced(state.frozen["teacher"], clean, condition, config.guidance)
-        path = trajectory(teacher, noise, grid, config.solver)
-        x = jnp.concatenate(list(path[points]), 1)  # [B, points * F, ...]
-        sigma = jnp.repeat(grid[points], clean.shape[1])[None].repeat(len(clean), 0)
-        endpoint = jnp.tile(path[-1], (1, len(points), 1, 1, 1))
+        teacher_params = state.frozen["teacher"]
 
-        def mean_loss(params):
+        def mean_loss(params, inputs):
+            clean, condition, noise = inputs
+            teacher = network.teacher_forced(teacher_params, clean, condition, config.guidance)
+            path = trajectory(teacher, noise, grid, config.solver)
+            x = jnp.concatenate(list(path[points]), 1)  # [B, points * F, ...]
+            sigma = jnp.repeat(grid[points], clean.shape[1])[None].repeat(len(clean), 0)
+            endpoint = jnp.tile(path[-1], (1, len(points), 1, 1, 1))
             student = network.teacher_forced(params, clean, condition)
             return jnp.mean(loss(student, x, sigma, endpoint))
 
-        return descend(state, transform, mean_loss, config.ema)
+        return descend(state, transform, mean_loss, (clean, condition, noise), config)
 
     return Stage(init, step, required=("teacher",))

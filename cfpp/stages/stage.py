@@ -120,15 +120,44 @@ def _matrices(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(number, params)
 
 
+def accumulated(
+    loss: Callable, params: Params, inputs: Any, parts: int
+) -> tuple[jax.Array, Params]:
+    """Value and gradient of a loss over a batch that is gone through in equal parts.
+
+    Args:
+      loss: `(params, inputs) -> []`, a mean over the clips of `inputs`, none of which counts more
+        in a part than in the whole batch.
+      inputs: arrays whose first axis is the batch; `parts` divides it. Part i has every `parts`-th
+        clip from the i-th on, so that each device keeps its clips.
+
+    Returns:
+      What `jax.value_and_grad(loss)(params, inputs)` does, in the memory of one part.
+    """
+    gradient = jax.value_and_grad(loss)
+    if parts == 1:
+        return gradient(params, inputs)
+    deal = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(params, part)), None)
+    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+    total, _ = jax.lax.scan(add, zero, jax.tree.map(deal, inputs))
+    return jax.tree.map(lambda x: x / parts, total)
+
+
 def update(
-    transform: optax.GradientTransformation, loss: Callable, params: Params, optimizer_state: Any
+    transform: optax.GradientTransformation,
+    loss: Callable,
+    params: Params,
+    optimizer_state: Any,
+    inputs: Any,
+    accumulate: int,
 ) -> tuple[Params, Any, Metrics]:
-    """One optimizer step on the scalar `loss(params)`.
+    """One optimizer step on the scalar `loss(params, inputs)`; see `accumulated`.
 
     Returns:
       The new parameters, the new optimizer state, and the metrics `loss` and `grad_norm`.
     """
-    value, gradient = jax.value_and_grad(loss)(params)
+    value, gradient = accumulated(loss, params, inputs, accumulate)
     updates, optimizer_state = transform.update(gradient, optimizer_state, params)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient)}
     return optax.apply_updates(params, updates), optimizer_state, metrics
@@ -159,17 +188,26 @@ def descend(
     state: State,
     transform: optax.GradientTransformation,
     loss: Callable,
-    ema: ml_collections.ConfigDict,
+    inputs: Any,
+    config: ml_collections.ConfigDict,
 ) -> tuple[State, Metrics]:
-    """One step of `params['model']` on the scalar `loss(params)`, and of its average."""
+    """One step of `params['model']` on `loss(params, inputs)`, and of its average.
+
+    `config.accumulate` parts of the batch are gone through one after another: see `accumulated`.
+    """
     params, optimizer_state, metrics = update(
-        transform, loss, state.params["model"], state.optimizer["model"]
+        transform,
+        loss,
+        state.params["model"],
+        state.optimizer["model"],
+        inputs,
+        config.accumulate,
     )
     state = state.replace(
         step=state.step + 1,
         params=state.params | {"model": params},
         optimizer=state.optimizer | {"model": optimizer_state},
-        ema=average(state.ema, params, state.step, ema),
+        ema=average(state.ema, params, state.step, config.ema),
     )
     return state, metrics
 

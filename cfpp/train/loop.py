@@ -71,7 +71,7 @@ def train(
     stage = build_stage(config)
     device_mesh = mesh.create(config.mesh)
     replicated = NamedSharding(device_mesh, PartitionSpec())
-    batch_sharding = mesh.batch_sharding(device_mesh, config.batch_size)
+    batch_sharding = mesh.batch_sharding(device_mesh, config.batch_size, config.accumulate)
     key = jax.random.key(config.seed)
 
     def init(parents):
@@ -170,7 +170,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       UserError: names the first that is out of range.
     """
     least = {"steps": 1, "batch_size": 1, "log_every": 1, "save_every": 1, "sample_every": 0}
-    for name, minimum in (least | {"keep": 1}).items():
+    for name, minimum in (least | {"keep": 1, "accumulate": 1}).items():
         if config[name] < minimum:
             raise UserError(f"config.{name} is {config[name]}; it must be at least {minimum}")
     for name, (low, high) in RANGES.items():

@@ -25,6 +25,7 @@ def config(**changes) -> ml_collections.ConfigDict:
             "seed": 0,
             "steps": 12,
             "batch_size": 4,
+            "accumulate": 1,
             "log_every": 2,
             "save_every": 4,
             "sample_every": 0,
