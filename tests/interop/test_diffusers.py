@@ -9,7 +9,8 @@ from cfpp import flow
 from cfpp.attention.pattern import Pattern
 from cfpp.interop.diffusers import from_diffusers, to_diffusers
 from cfpp.models.dit import DiT
-from cfpp.models.network import Network
+from cfpp.models.network import Network, guided
+from cfpp.stages import consistency, dmd
 from tests.tiny import close
 
 torch = pytest.importorskip("torch")
@@ -18,7 +19,15 @@ diffusers = pytest.importorskip("diffusers")
 CHANNELS, TEXT_DIM = 4, 20
 
 
-def random_wan(heads: int, head_dim: int, layers: int):
+def network(heads: int, head_dim: int, layers: int, size: tuple[int, int, int]) -> Network:
+    dit = DiT(
+        channels=CHANNELS, height=size[1], width=size[2], patch=2, dim=heads * head_dim,
+        ffn_dim=48, heads=heads, layers=layers, frequency_dim=32, text_dim=TEXT_DIM,
+    )  # fmt: skip
+    return Network(dit, Pattern())
+
+
+def random_wan(heads: int, head_dim: int, layers: int, seed: int = 0):
     """A `WanTransformer3DModel` in which no parameter is zero or one."""
     model = diffusers.WanTransformer3DModel(
         num_attention_heads=heads,
@@ -30,11 +39,16 @@ def random_wan(heads: int, head_dim: int, layers: int):
         ffn_dim=48,
         num_layers=layers,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def evaluate(model, x, t, text):
+    """The model's velocity, channels last."""
+    return model(x.movedim(-1, 1), t, text, return_dict=False)[0].movedim(1, -1)
 
 
 def state_dict(model):
@@ -53,11 +67,7 @@ def test_network(heads, head_dim, layers, size, length):
     """Float32 on both sides; one noise level a clip, as Wan 2.1 has, or one a frame."""
     model = random_wan(heads, head_dim, layers)
     frames, height, width = size
-    dit = DiT(
-        channels=CHANNELS, height=height, width=width, patch=2, dim=heads * head_dim, ffn_dim=48,
-        heads=heads, layers=layers, frequency_dim=32, text_dim=TEXT_DIM,
-    )  # fmt: skip
-    net, params = Network(dit, Pattern()), from_diffusers(state_dict(model))
+    net, params = network(heads, head_dim, layers, size), from_diffusers(state_dict(model))
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, frames, height, width, CHANNELS), np.float32)
     text = rng.standard_normal((2, length, TEXT_DIM), np.float32)
@@ -67,14 +77,12 @@ def test_network(heads, head_dim, layers, size, length):
 
     def theirs(t):
         with torch.no_grad():
-            video = torch.tensor(np.moveaxis(x, -1, 1))
-            out = model(video, torch.tensor(t), torch.tensor(text), return_dict=False)[0]
-        return np.moveaxis(out.numpy(), 1, -1)
+            return evaluate(model, torch.tensor(x), torch.tensor(t), torch.tensor(text)).numpy()
 
     t = np.array([731.25, 96.5], np.float32)
     close(velocity(jnp.repeat(t[:, None] / 1000, frames, 1)), theirs(t), 1e-4)
     t = rng.uniform(0, 1000, (2, frames)).astype(np.float32)
-    close(velocity(t / 1000), theirs(t.repeat(dit.tokens, 1)), 1e-4)
+    close(velocity(t / 1000), theirs(t.repeat(net.dit.tokens, 1)), 1e-4)
 
 
 def test_weights_there_and_back():
@@ -101,3 +109,93 @@ def test_euler_scheduler(steps, shift):
         stepped = scheduler.step(torch.tensor(v), t, torch.tensor(x)).prev_sample.numpy()
         close(flow.euler_step(x, v, grid[k], grid[k + 1]), stepped)
         x = stepped
+
+
+class Setting:
+    """Three networks on both sides, and two clips with texts to hold against the negative one."""
+
+    size = (3, 4, 6)
+    names = "student", "ema", "teacher"
+
+    def __init__(self):
+        self.models = {n: random_wan(2, 12, 2, seed) for seed, n in enumerate(self.names)}
+        self.params = {n: from_diffusers(state_dict(m)) for n, m in self.models.items()}
+        rng = np.random.default_rng(0)
+        draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+        self.x0, self.noise = draw(2, 2, *self.size, CHANNELS)
+        self.texts = draw(2, 2, 5, TEXT_DIM)  # conditional, unconditional
+
+    def ours(self, params, guidance=1.0):
+        net = network(2, 12, 2, self.size)
+        if guidance == 1.0:
+            return net.bidirectional(params, {"text": jnp.asarray(self.texts[0])})
+        both = net.bidirectional(params, {"text": jnp.concatenate(self.texts)})
+        return guided(both, guidance)
+
+    def theirs(self, name, x, sigma, guidance=1.0):
+        cond, uncond = (
+            evaluate(self.models[name], x, 1000 * sigma, torch.tensor(text)) for text in self.texts
+        )
+        return cond if guidance == 1.0 else uncond + guidance * (cond - uncond)
+
+    def assert_gradients(self, gradient):
+        ours = to_diffusers(gradient, patch=2)
+        for name, parameter in self.models["student"].named_parameters():
+            close(ours[name], parameter.grad.numpy(), 1e-4)
+
+
+def test_consistency_loss_and_its_gradients():
+    """Stage 2 by PyTorch's own differentiation: target, loss, the gradient of all parameters."""
+    here, guidance = Setting(), 3.0
+    grid, k = flow.grid(48, 5.0), np.array([30, 47])
+    indices = jnp.asarray(k[:, None].repeat(3, 1))
+
+    def loss(params):
+        fields = (here.ours(params), here.ours(here.params["ema"]),
+                  here.ours(here.params["teacher"], guidance))  # fmt: skip
+        value = consistency.loss(*fields, here.x0, here.noise, indices, jnp.asarray(grid))
+        return jnp.mean(value)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(here.params["student"])
+
+    s, s_next = torch.tensor(grid[k]), torch.tensor(grid[k + 1])
+    at = lambda level: level[:, None, None, None, None]
+    x0, noise = torch.tensor(here.x0), torch.tensor(here.noise)
+    x = (1 - at(s)) * x0 + at(s) * noise
+    with torch.no_grad():
+        x_next = x - at(s - s_next) * here.theirs("teacher", x, s, guidance)
+        target = x_next - at(s_next) * here.theirs("ema", x_next, s_next)
+    theirs = ((x - at(s) * here.theirs("student", x, s) - target) ** 2).mean()
+    theirs.backward()
+    close(value, theirs.item(), 1e-4)
+    here.assert_gradients(gradient)
+
+
+def test_matching_gradient_and_critic_loss():
+    """Stage 3's gradient with respect to the sample, and its critic's loss and all gradients."""
+    here, guidance = Setting(), 4.0
+    sigma = np.array([0.9, 0.3], np.float32)
+    levels = jnp.asarray(sigma[:, None].repeat(3, 1))
+
+    @jax.jit
+    def ours(params):
+        critic = lambda p: jnp.mean(flow.matching_loss(here.ours(p), here.x0, here.noise, levels))
+        real = here.ours(here.params["teacher"], guidance)
+        g = dmd.gradient(real, here.ours(params), here.x0, here.noise, levels)
+        return g, jax.value_and_grad(critic)(params)
+
+    g, (critic_loss, gradient) = ours(here.params["student"])
+
+    s = torch.tensor(sigma)
+    at = lambda level: level[:, None, None, None, None]
+    x0, noise = torch.tensor(here.x0), torch.tensor(here.noise)
+    x = (1 - at(s)) * x0 + at(s) * noise
+    v = here.theirs("student", x, s)
+    with torch.no_grad():
+        x0_real = x - at(s) * here.theirs("teacher", x, s, guidance)
+        scale = (x0 - x0_real).abs().mean((1, 2, 3, 4), keepdim=True)
+        close(g, ((x - at(s) * v - x0_real) / scale).numpy(), 1e-4)
+    theirs = ((v - (noise - x0)) ** 2).mean()
+    theirs.backward()
+    close(critic_loss, theirs.item(), 1e-4)
+    here.assert_gradients(gradient)
