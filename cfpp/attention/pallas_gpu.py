@@ -1,0 +1,378 @@
+"""Block-sparse flash attention for GPUs, by Pallas's Triton backend.
+
+Frames follow one another without padding, and are cut into blocks of tokens wherever those fall:
+1,560 tokens are no multiple of a tensor core's tile, and padding each frame to one costs 14 % of
+the work. From the frames' mask comes, for each block of queries, the list of key blocks it visits:
+first those that it sees whole, then those that it sees in part, which alone look at the mask.
+Blocks that it does not see are neither loaded nor computed (FlexAttention, arXiv 2412.05496).
+
+With s = q k / sqrt(D), the forward pass keeps a running maximum and sum (FlashAttention-2,
+arXiv 2307.08691). The backward pass computes the weights anew from the logsumexp L, in one kernel
+for dq and one for dk and dv; neither needs atomics, so gradients are the same in every run:
+
+    P = exp(s - L),   dV = P' dO,   dS = P (dO V' - delta),   delta = rowsum(dO O) - dL
+
+Dimension letters: B batch, N heads, E entries (frames), T tokens a frame, D head_dim, L layers.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from cfpp.attention.reference import NOTHING
+from cfpp.attention.schedule import Mask, StaticMask
+
+LOG2E = math.log2(math.e)
+HEAD_DIM = 128  # the widest head whose tiles fit
+WARPS = 8
+
+
+class Visits(NamedTuple):
+    """The blocks of columns that each block of rows visits.
+
+    Attributes:
+      index: int32 `[row blocks, column blocks]`, those seen whole, then those seen in part, then
+        the others.
+      whole, seen: int32 `[row blocks]`, how many are seen whole, and how many at all.
+      bits: int32 `[row frames, column blocks]`: bit n is set where a row frame sees the n-th frame
+        that has a token in the block.
+    """
+
+    index: Any
+    whole: Any
+    seen: Any
+    bits: Any
+
+
+def visits(mask: Mask, tokens: int, row_block: int, column_block: int) -> Visits:
+    """The schedule of blocks that are cut from frames laid end to end.
+
+    Args:
+      mask: bool `[row frames, column frames]`: NumPy makes a NumPy schedule, JAX a JAX one.
+      tokens: of one frame.
+      row_block, column_block: tokens of a block, the latter of at most 31 frames.
+    """
+    xp = np if isinstance(mask, np.ndarray) else jnp
+    row_frames, column_frames = mask.shape
+    row_first, row_end = _frames_of_blocks(row_frames * tokens, tokens, row_block)
+    column_first, column_end = _frames_of_blocks(column_frames * tokens, tokens, column_block)
+    # visible[i, j] counts the visible pairs among the first i row and j column frames.
+    visible = xp.pad(xp.cumsum(xp.cumsum(xp.asarray(mask, int), 0), 1), ((1, 0), (1, 0)))
+    in_columns = visible[:, column_end] - visible[:, column_first]
+    seen = in_columns[row_end] - in_columns[row_first]
+    pairs = (row_end - row_first)[:, None] * (column_end - column_first)
+    # The last columns are seen in part if they reach past the end.
+    inside = np.arange(1, len(column_end) + 1) * column_block <= column_frames * tokens
+    whole = (seen == pairs) & inside
+    rank = xp.where(whole, 0, xp.where(seen > 0, 1, 2))
+    place = np.arange(max(column_end - column_first))
+    frame = column_first[:, None] + place
+    in_block = frame < column_end[:, None]
+    bits = xp.asarray(mask, int)[:, np.where(in_block, frame, 0)] * in_block << place
+    return Visits(
+        *(
+            x.astype(np.int32)
+            for x in (
+                xp.argsort(rank, 1, stable=True), whole.sum(1), (seen > 0).sum(1), bits.sum(-1)
+            )
+        )
+    )  # fmt: skip
+
+
+def _frames_of_blocks(length: int, tokens: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first frame, and the first frame after, that blocks of a sequence have a token of."""
+    start = np.arange(0, length, block)
+    return start // tokens, (np.minimum(start + block, length) - 1) // tokens + 1
+
+
+class Tile(NamedTuple):
+    """The sizes of a kernel: a block of rows stays, blocks of columns pass by, in tokens."""
+
+    rows: int
+    columns: int
+    stages: int  # blocks of columns in flight
+
+    @classmethod
+    def choose(cls, dtype, length: int, tokens: int) -> "Tile":
+        """A tile whose registers do not spill (bfloat16), and that a small clip fills.
+
+        Args:
+          length: of the longer sequence.
+          tokens: of a frame: a block of columns holds at most 16 whole frames.
+        """
+        rows, columns, stages = (128, 64, 3) if jnp.dtype(dtype).itemsize == 2 else (64, 32, 2)
+        fit = lambda size, largest: min(size, max(16, pl.next_power_of_2(largest)))
+        return cls(fit(rows, length), fit(columns, min(length, 16 * tokens)), stages)
+
+
+class _Sequence(NamedTuple):
+    """One side of attention, queries or keys, as a kernel sees it."""
+
+    length: int  # in tokens
+    tokens: int  # of a frame
+    head_dim: int
+    block: int  # tokens loaded at once
+
+    def load(self, ref, j, whole: bool, *outer):
+        """Block `j` of `ref`, `[length]` or `[length, padded head_dim]`: zero outside of the array.
+
+        Args:
+          whole: whether the block is known to end before the sequence does.
+          *outer: indices of dimensions before these.
+        """
+        ref = ref.at[(*outer, pl.ds(j * self.block, self.block))]
+        mask = self._mask(ref.shape, j, whole)
+        return ref[...] if mask is None else triton.load(ref, mask=mask, other=0.0)
+
+    def store(self, ref, j, value):
+        """Writes block `j` of `ref`, as far as it lies in the array."""
+        ref = ref.at[pl.ds(j * self.block, self.block)]
+        triton.store(ref, value.astype(ref.dtype), mask=self._mask(ref.shape, j, False))
+
+    def frames(self, j):
+        """The frame of each token of block `j`, int32 `[block]`."""
+        return self._positions(j) // self.tokens
+
+    def _positions(self, j):
+        return j * self.block + jnp.arange(self.block)
+
+    def _mask(self, shape, j, whole):
+        mask = None
+        if (not whole or self.length < self.block) and self.length % self.block:
+            mask = (self._positions(j) < self.length).reshape(-1, *(1,) * (len(shape) - 1))
+        if len(shape) == 2 and shape[1] > self.head_dim:
+            in_head = (jnp.arange(shape[1]) < self.head_dim)[None]
+            mask = in_head if mask is None else mask & in_head
+        return mask if mask is None else jnp.broadcast_to(mask, shape)
+
+
+def _dot(a, b, contract: tuple[int, int]):
+    """The product of two tiles over one dimension of each, accumulated in float32."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _visit(tables: Visits, i, body, carry):
+    """Runs `body(j, carry, whole)` over the column blocks `j` that row block `i` sees."""
+    step = lambda whole: lambda n, carry: body(tables.index[i, n], carry, whole)
+    carry = jax.lax.fori_loop(0, tables.whole[i], step(True), carry)
+    return jax.lax.fori_loop(tables.whole[i], tables.seen[i], step(False), carry)
+
+
+def _visible(tables: Visits, rows: _Sequence, i, columns: _Sequence, j):
+    """Which tokens of row block `i` see which of column block `j`, bool `[rows, columns]`."""
+    bits = tables.bits[jnp.minimum(rows.frames(i), tables.bits.shape[0] - 1), j]
+    place = columns.frames(j) - j * columns.block // columns.tokens
+    return (bits[:, None] >> place[None]) & 1 != 0  # no bit is set for frames past the end
+
+
+def _forward_kernel(
+    index, whole, seen, bits, layer, q, k, v, out, logsumexp,
+    *, query: _Sequence, key: _Sequence
+):  # fmt: skip
+    i, tables = pl.program_id(0), Visits(index, whole, seen, bits)
+    layer = layer[0]
+    q = query.load(q, i, False)
+    scale = LOG2E / math.sqrt(query.head_dim)  # exp2 is what the hardware has
+
+    def body(j, carry, whole):
+        acc, top, total = carry
+        scores = _dot(q, key.load(k, j, whole, layer), (1, 1)) * scale
+        if not whole:
+            scores = jnp.where(_visible(tables, query, i, key, j), scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(1))
+        weights = jnp.exp2(scores - new_top[:, None])
+        decay = jnp.exp2(top - new_top)
+        values = key.load(v, j, whole, layer)
+        acc = acc * decay[:, None] + _dot(weights.astype(values.dtype), values, (1, 0))
+        return acc, new_top, total * decay + weights.sum(1)
+
+    # A finite top where nothing has been seen yet: the difference from -inf is then no NaN.
+    start = jnp.zeros(q.shape, jnp.float32), jnp.full(len(q), NOTHING), jnp.zeros(len(q))
+    acc, top, total = _visit(tables, i, body, start)
+    empty = total == 0
+    total = jnp.where(empty, 1.0, total)
+    query.store(out, i, acc / total[:, None])
+    query.store(logsumexp, i, jnp.where(empty, NOTHING, top / LOG2E + jnp.log(total)))
+
+
+def _backward_query_kernel(
+    index, whole, seen, bits, q, k, v, logsumexp, delta, d_out, dq,
+    *, query: _Sequence, key: _Sequence
+):  # fmt: skip
+    i, tables = pl.program_id(0), Visits(index, whole, seen, bits)
+    q, d_out, logsumexp, delta = (query.load(x, i, False) for x in (q, d_out, logsumexp, delta))
+    scale = 1 / math.sqrt(query.head_dim)
+
+    def body(j, dq, whole):
+        keys, values = key.load(k, j, whole), key.load(v, j, whole)
+        scores = _dot(q, keys, (1, 1)) * (scale * LOG2E)
+        weights = jnp.exp2(scores - (logsumexp * LOG2E)[:, None])
+        if not whole:
+            weights = jnp.where(_visible(tables, query, i, key, j), weights, 0.0)
+        d_scores = weights * (_dot(d_out, values, (1, 1)) - delta[:, None])
+        return dq + _dot(d_scores.astype(keys.dtype), keys, (1, 0))
+
+    start = jnp.zeros(q.shape, jnp.float32)
+    query.store(dq, i, scale * _visit(tables, i, body, start))
+
+
+def _backward_key_kernel(
+    index, whole, seen, bits, q, k, v, logsumexp, delta, d_out, dk, dv,
+    *, query: _Sequence, key: _Sequence
+):  # fmt: skip
+    j, tables = pl.program_id(0), Visits(index, whole, seen, bits)
+    k, v = key.load(k, j, False), key.load(v, j, False)
+    scale = 1 / math.sqrt(query.head_dim)
+
+    def body(i, carry, whole):
+        dk, dv = carry
+        queries, d_outs, norms, deltas = (
+            query.load(x, i, whole) for x in (q, d_out, logsumexp, delta)
+        )
+        # Transposed, [keys, queries], so that the products with dO and q need no transposition.
+        scores = _dot(k, queries, (1, 1)) * (scale * LOG2E)
+        weights = jnp.exp2(scores - (norms * LOG2E)[None])
+        if not whole:
+            weights = jnp.where(_visible(tables, key, j, query, i), weights, 0.0)
+        dv += _dot(weights.astype(d_outs.dtype), d_outs, (1, 0))
+        d_scores = weights * (_dot(v, d_outs, (1, 1)) - deltas[None])
+        return dk + _dot(d_scores.astype(queries.dtype), queries, (1, 0)), dv
+
+    start = jnp.zeros(k.shape, jnp.float32)
+    d_keys, d_values = _visit(tables, j, body, (start, start))
+    key.store(dk, j, scale * d_keys)
+    key.store(dv, j, d_values)
+
+
+class _Plan(NamedTuple):
+    """What is static about a call."""
+
+    tokens: int
+    tile: Tile
+    interpret: bool
+
+
+def _call(kernel, arrays, outputs, rows: int, plan: _Plan):
+    """Runs `kernel` on every block of rows of every head of the batch.
+
+    Args:
+      arrays: those of two dimensions or fewer are given whole; of others, `[..., B, N, length]` or
+        `[..., B, N, length, D]`, a kernel sees what belongs to its head, with the width padded.
+      outputs: shapes and dtypes, with `[B, N]` in front.
+      rows: of the sequence.
+    """
+    batch, heads = outputs[0].shape[:2]
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs]
+    width = max(16, pl.next_power_of_2(outputs[0].shape[-1]))
+
+    def spec(x):
+        if x.ndim <= 2:
+            return pl.BlockSpec(x.shape, lambda i, n, b: (0,) * x.ndim)
+        if x.ndim == 3:
+            return pl.BlockSpec((None, None, x.shape[2]), lambda i, n, b: (b, n, 0))
+        layers = x.shape[:-4]
+        block = (*layers, None, None, x.shape[-2], width)
+        return pl.BlockSpec(block, lambda i, n, b: (*(0 for _ in layers), b, n, 0, 0))
+
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(rows, plan.tile.rows), heads, batch),
+        in_specs=[spec(x) for x in arrays],
+        out_specs=[spec(x) for x in outputs],
+        out_shape=outputs,
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=plan.tile.stages),
+        interpret=plan.interpret,
+    )(*arrays)
+
+
+def _sides(plan: _Plan, q, k, rows_are_keys: bool = False) -> dict[str, _Sequence]:
+    """Queries and keys as a kernel sees them, either of them in the rows of its tile."""
+    blocks = plan.tile.rows, plan.tile.columns
+    sequence = lambda x, block: _Sequence(x.shape[-2], plan.tokens, x.shape[-1], block)
+    return {
+        "query": sequence(q, blocks[rows_are_keys]),
+        "key": sequence(k, blocks[not rows_are_keys]),
+    }
+
+
+def _tables(plan: _Plan, mask, rows_are_keys: bool = False) -> Visits:
+    """The schedule by which a kernel visits the columns of its tile."""
+    mask = mask.mask if isinstance(mask, StaticMask) else mask
+    mask = mask.T if rows_are_keys else mask
+    return visits(mask, plan.tokens, plan.tile.rows, plan.tile.columns)
+
+
+def _forward(plan: _Plan, q, k, v, mask, layer):
+    """Output and logsumexp of `q` `[B, N, length, D]`, `k` and `v` `[L, B, N, length, D]`."""
+    kernel = functools.partial(_forward_kernel, **_sides(plan, q, k))
+    outputs = q, jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
+    arrays = *_tables(plan, mask), layer, q, k, v
+    return _call(kernel, arrays, outputs, q.shape[2], plan)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: _Plan, q, k, v, mask):
+    return _forward(plan, q, k[None], v[None], mask, np.zeros(1, np.int32))
+
+
+def _attend_forward(plan: _Plan, q, k, v, mask):
+    out, logsumexp = _attend(plan, q, k, v, mask)
+    return (out, logsumexp), (q, k, v, mask, out, logsumexp)
+
+
+def _attend_backward(plan: _Plan, residuals, cotangents):
+    q, k, v, mask, out, logsumexp = residuals
+    d_out, d_logsumexp = cotangents
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_logsumexp
+    arrays = q, k, v, logsumexp, delta, d_out
+    kernel = functools.partial(_backward_query_kernel, **_sides(plan, q, k))
+    [dq] = _call(kernel, (*_tables(plan, mask), *arrays), (q,), q.shape[2], plan)
+    kernel = functools.partial(_backward_key_kernel, **_sides(plan, q, k, True))
+    dk, dv = _call(kernel, (*_tables(plan, mask, True), *arrays), (k, v), k.shape[2], plan)
+    return dq, dk, dv, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    layer: jax.Array | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """As `reference.attend`; without a gradient where `layer` is given.
+
+    Products are accumulated in float32. Those of float32 itself are of
+    `jax_default_matmul_precision`, like all others: TensorFloat-32 where nothing is said.
+
+    Args:
+      interpret: whether to run the kernels in Pallas's interpreter, on any device.
+
+    Raises:
+      ValueError: heads are wider than the kernels' tiles, or the dtypes differ.
+    """
+    if q.shape[-1] > HEAD_DIM:
+        raise ValueError(f"pallas_gpu takes heads of at most {HEAD_DIM}, got {q.shape[-1]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    *_, frames, tokens, head_dim = q.shape
+    length = max(frames, k.shape[-3]) * tokens
+    plan = _Plan(tokens, Tile.choose(q.dtype, length, tokens), interpret)
+    join = lambda x: x.reshape(*x.shape[:-3], -1, head_dim)  # frames end to end
+    mask = StaticMask(mask) if isinstance(mask, np.ndarray) else mask
+    if layer is None:
+        out, logsumexp = _attend(plan, join(q), join(k), join(v), mask)
+    else:
+        layer = jnp.asarray(layer, jnp.int32).reshape(1)
+        out, logsumexp = _forward(plan, join(q), join(k), join(v), mask, layer)
+    return out.reshape(q.shape), logsumexp.reshape(q.shape[:-1])

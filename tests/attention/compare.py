@@ -1,0 +1,71 @@
+"""Runs implementations of attention on random data, with their gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from cfpp.attention import reference
+from cfpp.attention.reference import NOTHING
+from cfpp.attention.schedule import StaticMask
+
+
+@st.composite
+def masks(draw):
+    """Bool `[query frames, key frames]`: any, so frames that see nothing or everything too."""
+    queries, keys = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    row = st.lists(st.booleans(), min_size=keys, max_size=keys)
+    return np.array(draw(st.lists(row, min_size=queries, max_size=queries)))
+
+
+def inputs(mask, tokens: int, head_dim: int, dtype="float32", batch: int = 1, heads: int = 2):
+    """Random q, k and v, and cotangents of the output and the logsumexp."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal((batch, heads, *shape)), dtype)
+    q, d_out = (draw(mask.shape[0], tokens, head_dim) for _ in range(2))
+    k, v = (draw(mask.shape[1], tokens, head_dim) for _ in range(2))
+    return (q, k, v), (d_out, draw(mask.shape[0], tokens).astype(jnp.float32))
+
+
+def results(attend, qkv, cotangents, mask) -> dict[str, np.ndarray]:
+    """Output, logsumexp and the gradients with respect to q, k and v, all float32.
+
+    A NumPy mask is known when `attend` is traced, a JAX mask only at run time.
+    """
+
+    @jax.jit
+    def run(qkv, cotangents, mask):
+        plain = mask.mask if isinstance(mask, StaticMask) else mask
+        values, pullback = jax.vjp(lambda *qkv: attend(*qkv, plain), *qkv)
+        return *values, *pullback(cotangents)
+
+    mask = StaticMask(mask) if isinstance(mask, np.ndarray) else mask
+    names = "out", "logsumexp", "dq", "dk", "dv"
+    values = run(qkv, cotangents, mask)
+    return {name: np.asarray(x, np.float32) for name, x in zip(names, values, strict=True)}
+
+
+def error(values: np.ndarray, expected: np.ndarray) -> float:
+    """Root mean square error, relative to the values expected; those of `NOTHING` must be exact."""
+    nothing = expected == NOTHING
+    np.testing.assert_array_equal(values == NOTHING, nothing)
+    values, expected = np.where(nothing, 0, values), np.where(nothing, 0, expected)
+    return np.linalg.norm(values - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+def check(attend, mask, tokens: int, head_dim: int, dtype="float32", traced: bool = False):
+    """Checks outputs and gradients against the dense reference in float32.
+
+    In float32, sums in another order differ by a few rounding errors, 6e-8, of terms that partly
+    cancel. In bfloat16, the error may be twice that of the reference itself run in bfloat16.
+    """
+    qkv, cotangents = inputs(mask, tokens, head_dim, dtype)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (qkv, cotangents))
+    expected = results(reference.attend, *exact, mask)
+    values = results(attend, qkv, cotangents, jnp.asarray(mask) if traced else mask)
+    rounded = expected
+    if dtype != "float32":
+        rounded = results(reference.attend, qkv, cotangents, mask)
+    for name, value in values.items():
+        allowed = 2e-6 + 2 * error(rounded[name], expected[name])
+        assert error(value, expected[name]) < allowed, name

@@ -1,0 +1,110 @@
+"""The GPU kernels: their numbers in Pallas's interpreter, their lowering for CUDA without a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cfpp.attention import pallas_gpu, reference
+from cfpp.attention.pattern import Pattern, teacher_forced_entries
+from tests.attention import compare
+
+attend = functools.partial(pallas_gpu.attend, interpret=True)
+
+
+def teacher_forced(frames: int, **pattern) -> np.ndarray:
+    entries = teacher_forced_entries(frames)
+    return Pattern(**pattern).mask(entries, entries)
+
+
+@settings(deadline=None)
+@given(compare.masks(), st.integers(1, 70), st.sampled_from([1, 7, 16]), st.sampled_from([8, 32]))
+def test_visits_are_what_the_tokens_see(mask, tokens, rows, columns):
+    visits = pallas_gpu.visits(mask, tokens, rows, columns)
+    seen = mask.repeat(tokens, 0).repeat(tokens, 1)
+    for i, block in enumerate(visits.index):
+        row = seen[i * rows : (i + 1) * rows]
+        parts = [row[:, j * columns : (j + 1) * columns] for j in block]
+        assert sorted(block) == list(range(len(block)))
+        whole, partly = visits.whole[i], visits.seen[i]
+        assert all(part.all() and part.shape[1] == columns for part in parts[:whole])
+        assert all(part.any() for part in parts[:partly])
+        assert not any(part.any() for part in parts[partly:])
+
+
+def test_visits_of_a_mask_known_at_run_time():
+    mask = teacher_forced(3)
+    expected = pallas_gpu.visits(mask, 20, 64, 32)
+    jax.tree.map(
+        np.testing.assert_array_equal, pallas_gpu.visits(jnp.asarray(mask), 20, 64, 32), expected
+    )
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    compare.masks(),
+    st.sampled_from([1, 3, 20, 33]),
+    st.sampled_from([24, 40, 64]),
+    st.booleans(),
+)
+def test_any_mask(mask, tokens, head_dim, traced):
+    compare.check(attend, mask, tokens, head_dim, traced=traced)
+
+
+@pytest.mark.parametrize(("head_dim", "traced"), [(24, True), (128, False)])
+def test_bfloat16(head_dim, traced):
+    """Within twice the rounding error of the reference, over blocks seen whole and in part."""
+    mask = teacher_forced(3, window=2)
+    compare.check(attend, mask, 90, head_dim, "bfloat16", traced)
+
+
+def test_a_layer_of_many_is_read_in_place():
+    mask = np.array([[True, False, True]])
+    (q, k, v), _ = compare.inputs(mask, 20, 24)
+    stacked = (jnp.stack([0 * x, x, x + 1]) for x in (k, v))
+    out, logsumexp = attend(q, *stacked, jnp.asarray(mask), layer=jnp.int32(1))
+    expected, expected_logsumexp = reference.attend(q, k, v, mask)
+    assert compare.error(out, expected) < 2e-6
+    assert compare.error(logsumexp, expected_logsumexp) < 2e-6
+
+
+def test_what_cannot_be():
+    wide = jnp.zeros((1, 1, 1, 4, 160))
+    with pytest.raises(ValueError, match="heads of at most 128, got 160"):
+        attend(wide, wide, wide, np.ones((1, 1), bool))
+    q, k = jnp.zeros((1, 1, 1, 4, 32)), jnp.zeros((1, 1, 1, 4, 32), jnp.bfloat16)
+    with pytest.raises(ValueError, match="float32, bfloat16 and bfloat16"):
+        attend(q, k, k, np.ones((1, 1), bool))
+
+
+def cuda_kernels(function, *shapes) -> int:
+    """The number of Triton kernels in `function`, lowered for CUDA."""
+    call = "__gpu$xla.gpu.triton"
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(call)]
+    exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=allowed)(
+        *shapes
+    )
+    return exported.mlir_module().count(call)
+
+
+@pytest.mark.parametrize("heads", [12, 40])
+def test_lowers_for_cuda_at_wan_shapes(heads):
+    mask = teacher_forced(21)
+    x = jax.ShapeDtypeStruct((1, heads, 42, 1560, 128), jnp.bfloat16)
+    attend = lambda q, k, v: pallas_gpu.attend(q, k, v, mask)
+    total = lambda *qkv: sum(jnp.sum(x.astype(jnp.float32)) for x in attend(*qkv))
+    assert cuda_kernels(attend, x, x, x) == 1
+    assert cuda_kernels(jax.grad(total, (0, 1, 2)), x, x, x) == 3
+
+
+def test_lowers_for_cuda_against_a_cache():
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
+    cache = shape(30, 1, 12, 21, 1560, 128)
+    assert cuda_kernels(
+        pallas_gpu.attend, shape(1, 12, 2, 1560, 128), cache, cache,
+        jax.ShapeDtypeStruct((2, 21), bool), jax.ShapeDtypeStruct((), jnp.int32),
+    ) == 1  # fmt: skip
