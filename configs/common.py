@@ -1,7 +1,10 @@
 """What the configs of all stages share: worlds (data and network sizes) and the fields of a run.
 
-A config's argument is a comma-separated list: at most one world (`arena`, `atari`), and options
-`chunk=N`, `smoke`. Stage files add their own fields.
+A config's argument is a comma-separated list: at most one world (`arena`, `atari`, `wan_1_3b`), and
+options `chunk=N`, `smoke`. Stage files add their own fields.
+
+`wan_1_3b` is Wan 2.1 1.3B at the published size: 21 latent frames of 60 x 104 x 16, 512 tokens of
+text, and the published hyperparameters. Its batch of 64 clips is a choice of ours.
 """
 
 import ml_collections
@@ -9,19 +12,29 @@ from ml_collections import config_dict
 
 ConfigDict = ml_collections.ConfigDict
 
-WORLDS = ("arena", "atari")
+WORLDS = ("arena", "atari", "wan_1_3b")
+
+# Wan 2.1's transformers.
+WAN_SIZES = {
+    "1_3b": {"dim": 1536, "ffn_dim": 8960, "heads": 12, "layers": 30},
+    "14b": {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40},
+}
 
 
-def parse(arg: str) -> ConfigDict:
+def parse(arg: str, teachers: tuple[str, ...] = ()) -> ConfigDict:
     """Reads a config's argument.
 
+    Args:
+      arg: the argument.
+      teachers: values of the option `teacher=SIZE`, for the stage that has it.
+
     Returns:
-      world, chunk (frames generated at once) and smoke (the job in miniature).
+      world, chunk (frames generated at once), smoke (the job in miniature) and teacher.
 
     Raises:
       ValueError: a word that is none of these.
     """
-    options = ConfigDict({"world": "arena", "chunk": 1, "smoke": False})
+    options = ConfigDict({"world": "arena", "chunk": 1, "smoke": False, "teacher": ""})
     worlds = []
     for word in filter(None, arg.split(",")):
         name, _, value = word.partition("=")
@@ -32,11 +45,18 @@ def parse(arg: str) -> ConfigDict:
             options.smoke = True
         elif name == "chunk" and value.isdigit() and int(value) > 0:
             options.chunk = int(value)
+        elif name == "teacher" and value in teachers:
+            options.teacher = value
         else:
+            known = ["smoke", "chunk=N", *(f"teacher={size}" for size in teachers)]
             raise ValueError(
-                f"config argument {word!r} is none of {', '.join(WORLDS)} (one of them), smoke, "
-                "chunk=N"
+                f"config argument {word!r} is none of {', '.join(WORLDS)} (one of them), "
+                + ", ".join(known)
             )
+    if options.world.startswith("wan") and options.smoke:
+        raise ValueError(f"config argument 'smoke' has no {options.world}; take arena or atari")
+    if options.teacher and not options.world.startswith("wan"):
+        raise ValueError(f"config argument 'teacher={options.teacher}' needs the world wan_1_3b")
     return options
 
 
@@ -67,7 +87,17 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
     config.shift = 8.0  # of the timestep
     config.guidance = 1.0  # 1 is none
     config.ema = ConfigDict({"decay": 0.99, "start": 0})
+    config.frozen_dtype = "float32"  # of networks that only lend their output
     config.init_from = ConfigDict()
+    if options.world == "wan_1_3b":
+        config.batch_size = 64
+        config.save_every = 250
+        config.pattern.first_chunk = None  # clips start from noise
+        config.pattern.window = config.data.frames
+        config.mesh.update({"data": 1, "fsdp": -1})
+        config.shift = 5.0
+        config.ema.start = 200
+        config.frozen_dtype = "bfloat16"
     return config
 
 
@@ -79,6 +109,8 @@ def data(options: ConfigDict) -> ConfigDict:
     config.frames = 8  # of a training window
     config.height = config.width = 32
     config.num_actions = 5
+    config.latents = False  # float latents of a video autoencoder, or else pixels
+    config.text_tokens = 0  # of a clip's text; 0 is none
     config.video_feature = "video"
     config.action_feature = "actions"
     config.workers = 0  # processes that read; 0 reads in this one
@@ -90,7 +122,13 @@ def data(options: ConfigDict) -> ConfigDict:
         config.num_actions = 18
         config.episodes = 256
         config.episode_frames = 64
-    if options.chunk > 1:
+    if options.world == "wan_1_3b":
+        config.name = ""  # latents and texts cannot be recorded
+        config.latents = True
+        config.frames, config.height, config.width = 21, 60, 104
+        config.num_actions = 0
+        config.text_tokens = 512
+    elif options.chunk > 1:
         config.frames = 1 + 3 * options.chunk
     if options.smoke:
         config.episodes, config.episode_frames = 32, 32
@@ -122,6 +160,17 @@ def model(options: ConfigDict) -> ConfigDict:
     config.attention = "auto"  # see cfpp.attention.dispatch
     config.remat = "none"
     config.unroll = 4
+    if options.world == "wan_1_3b":
+        config.update(WAN_SIZES["1_3b"])
+        config.channels, config.height, config.width, config.patch = 16, 60, 104, 2
+        config.num_actions = 0
+        config.text_dim = 4096
+        config.rotary_base = 10000.0
+        config.gate_init = 0.0
+        config.prediction = "velocity"
+        config.dtype = "bfloat16"
+        config.remat = "full"
+        config.unroll = 1
     if options.smoke:
         config.dim, config.ffn_dim, config.layers, config.unroll = 64, 128, 2, 1
     return config
@@ -134,6 +183,14 @@ def muon(rate: float = 0.02, adam_rate: float = 2e-3) -> ConfigDict:
     return config
 
 
+def wan_optimizer(rate: float = 2e-6) -> ConfigDict:
+    """AdamW as published for Wan 2.1 1.3B, at a constant rate."""
+    config = optimizer("adamw", rate)
+    config.b1 = 0.0
+    config.schedule, config.warmup = "constant", 0
+    return config
+
+
 def optimizer(name: str, rate: float) -> ConfigDict:
     """An optimizer's fields; see `cfpp.stages.stage.optimizer`."""
     config = ConfigDict()
@@ -141,6 +198,7 @@ def optimizer(name: str, rate: float) -> ConfigDict:
     config.rate = rate  # the peak
     config.adam_rate = rate  # Muon's Adam part
     config.b1, config.b2 = 0.9, 0.999
+    config.mu_dtype = "float32"  # of the first moment
     config.weight_decay = 0.0
     config.clip = 1.0  # global norm of the gradient
     config.schedule = "cosine"  # or 'constant'

@@ -15,4 +15,9 @@ def get_config(arg: str = ""):
     config.drop_rate = 0.0  # how often the condition is dropped, for guidance
     del config.guidance  # the base is sampled as it is
     config.init_from.base = ""  # a model to start from, or ''
+    if options.world == "wan_1_3b":
+        config.steps = 20_000
+        config.optimizer = common.wan_optimizer()
+        config.sigma_floor = 0.0
+        config.given_rate, config.drop_rate = 0.0, 0.1
     return config

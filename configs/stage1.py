@@ -15,4 +15,9 @@ def get_config(arg: str = ""):
     config.sigma_floor = 0.3  # noise levels below weigh less
     config.drop_rate = 0.0  # how often the condition is dropped, for guidance
     config.init_from.base = ""  # the stage-0 model to start from, or ''
+    if options.world == "wan_1_3b":
+        config.steps = 20_000
+        config.optimizer = common.wan_optimizer()
+        config.sigma_floor = 0.0
+        config.drop_rate = 0.1
     return config

@@ -18,4 +18,10 @@ def get_config(arg: str = ""):
     config.solver = "euler"  # or 'heun'
     config.ema.decay = 0.9
     config.init_from.teacher = "runs/stage1"
+    if options.world == "wan_1_3b":
+        config.steps = 5000
+        config.optimizer = common.wan_optimizer()
+        config.grid_steps, config.shift = 48, 5.0
+        config.guidance = 3.0
+        config.ema.decay = 0.99
     return config

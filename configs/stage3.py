@@ -2,13 +2,17 @@
 
     python -m cfpp.main --config=configs/stage3.py --workdir=runs/stage3 \
         --config.init_from.student=runs/stage2 --config.init_from.real=runs/stage1
+
+`:wan_1_3b,teacher=14b` takes Wan 2.1 14B as the real score; the critic stays a 1.3B model.
 """
+
+import ml_collections
 
 from configs import common
 
 
 def get_config(arg: str = ""):
-    options = common.parse(arg)
+    options = common.parse(arg, teachers=("14b",))
     config = common.base("dmd", options)
     config.steps = 70
     config.optimizer = common.optimizer("adamw", 2e-4)
@@ -26,5 +30,25 @@ def get_config(arg: str = ""):
     config.real_score = "causal"  # or 'bidirectional'
     config.history_gradient = "none"  # or 'straight_through'
     config.init_from.student = "runs/stage2"
+    config.real_model = ml_collections.ConfigDict()  # where it differs from config.model
     config.init_from.real = "runs/stage1"
+    config.init_from.critic = ""  # where the critic starts; '' is the real score
+    if options.world == "wan_1_3b":
+        config.steps = 1000
+        config.optimizer = common.wan_optimizer()
+        config.critic_optimizer = common.wan_optimizer(4e-7)
+        config.critic_steps = 5
+        config.ema.decay = 0.99
+        config.given = 0
+        config.first_positions = (1000.0, 750.0, 500.0, 250.0)
+        config.shift = config.score_shift = 5.0
+        config.sigma_floor = 0.0
+        config.real_score = "bidirectional"
+        # The public code's 3, which it applies as cond + 3 (cond - uncond).
+        config.guidance = 4.0
+        config.init_from.real = "runs/wan"
+    if options.teacher:
+        config.real_model.update(common.WAN_SIZES[options.teacher])
+        config.init_from.real = f"runs/wan_{options.teacher}"
+        config.init_from.critic = "runs/wan"
     return config

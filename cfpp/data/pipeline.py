@@ -8,6 +8,8 @@ every batch. The global batch is the same for any number of processes; each take
 import functools
 
 import grain
+import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
@@ -103,6 +105,29 @@ class _BatchIterator(grain.DatasetIterator):
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+
+
+def batch_shapes(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a batch of a stage holds, as shapes.
+
+    Args:
+      config: of the stage.
+
+    Returns:
+      `video` uint8 or `latents` bfloat16 `[B, F, H, W, C]`; `actions` int32 `[B, F]` and `text`
+      bfloat16 `[B, length, text_dim]` where the model takes them.
+    """
+    data, model = config.data, config.model
+    clip = (config.batch_size, data.frames)
+    picture = (data.height, data.width, model.channels)
+    name, dtype = ("latents", jnp.bfloat16) if data.latents else ("video", jnp.uint8)
+    shapes = {name: jax.ShapeDtypeStruct(clip + picture, dtype)}
+    if data.num_actions:
+        shapes["actions"] = jax.ShapeDtypeStruct(clip, jnp.int32)
+    if data.text_tokens:
+        length = (config.batch_size, data.text_tokens, model.text_dim)
+        shapes["text"] = jax.ShapeDtypeStruct(length, jnp.bfloat16)
+    return shapes
 
 
 def test_clips(data_config: ml_collections.ConfigDict, count: int, frames: int) -> dict:

@@ -117,6 +117,15 @@ class Episodes:
         raise IndexError(index)
 
 
+def check(data_config: ml_collections.ConfigDict) -> None:
+    """Raises UserError if the configuration names no data source."""
+    if not data_config.name:
+        raise UserError(
+            "config.data.name is empty: no data source gives latents and texts yet; "
+            "python -m cfpp.aot compiles such a job without data"
+        )
+
+
 def prepare(data_config: ml_collections.ConfigDict) -> None:
     """Records the dataset if it is missing (arena, atari), and reads an episode of each split.
 

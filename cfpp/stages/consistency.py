@@ -18,10 +18,12 @@ import numpy as np
 from cfpp import flow
 from cfpp.models.network import Network
 from cfpp.stages.stage import (
+    FLOATS,
     Stage,
     check_choice,
     clip,
     descend,
+    freeze,
     inherit,
     optimizer,
     repeat_draws,
@@ -94,13 +96,14 @@ def build(config) -> Stage:
     """Builds stage 2 from a config; `init_from.teacher` is the stage-1 model."""
     check_choice("solver", config.solver, flow.SOLVERS)
     check_choice("distance", config.distance, DISTANCES)
+    check_choice("frozen_dtype", config.frozen_dtype, FLOATS)
     network = Network.create(config.model, config.pattern)
     transform = optimizer(config.optimizer, config.steps)
     grid = jnp.asarray(flow.grid(config.grid_steps, config.shift))
 
     def init(rng, parents):
         params = inherit(network.init(rng), parents["teacher"])
-        return start(params, transform, {"teacher": params})
+        return start(params, transform, {"teacher": freeze(params, config.frozen_dtype)})
 
     def step(state, batch, rng):
         clean, condition = clip(batch)

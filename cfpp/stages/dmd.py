@@ -20,6 +20,7 @@ values, has the gradient of the whole unrolled loop.
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from cfpp import flow
@@ -28,12 +29,14 @@ from cfpp.models.dit import HISTORY_GRADIENTS
 from cfpp.models.network import Condition, Network, Params
 from cfpp.rollout.generate import Noise, Rollout, Sampler, gaussian_noise
 from cfpp.stages.stage import (
+    FLOATS,
     Stage,
     State,
     check_choice,
     clip,
     descend,
     draw_sigma,
+    freeze,
     inherit,
     optimizer,
     update,
@@ -131,7 +134,9 @@ def build(config) -> Stage:
     """Builds stage 3 from a config.
 
     `init_from.student` is the stage-2 model; `init_from.real` the base (stage 0) or, for a causal
-    real score, the teacher (stage 1). The critic starts from `real`.
+    real score, the teacher (stage 1). The critic starts from `init_from.critic` or, without one,
+    from `real`. `config.real_model` holds the fields in which the real score's network differs from
+    `config.model`, which the student and the critic share.
 
     Raises:
       ValueError: a field is out of range, or a clip does not divide into chunks.
@@ -139,6 +144,7 @@ def build(config) -> Stage:
     check_choice("real_score", config.real_score, REAL_SCORES)
     given, frames = config.given, config.data.frames
     check_choice("history_gradient", config.history_gradient, HISTORY_GRADIENTS)
+    check_choice("frozen_dtype", config.frozen_dtype, FLOATS)
     low, high = config.score_sigma
     if not 0 <= low < high <= 1:
         raise ValueError(f"score_sigma must be a range within 0 and 1, got {config.score_sigma}")
@@ -148,6 +154,12 @@ def build(config) -> Stage:
         raise ValueError(f"given is {given}; it must be at least 0 and less than {frames} frames")
     network = Network.create(config.model, config.pattern)
     network = Network(network.dit, network.pattern.after(given))  # of scores and rollouts alike
+    real_model = ml_collections.ConfigDict({**config.model, **config.real_model})
+    real_network = Network(Network.create(real_model, config.pattern).dit, network.pattern)
+    if config.real_model and not config.init_from.critic:
+        raise ValueError(
+            "init_from.critic is not set; a critic cannot start from a real score of another model"
+        )
     if (frames - given) % network.pattern.chunk:
         raise ValueError(
             f"{frames} frames less {given} given ones do not divide into chunks of "
@@ -166,16 +178,17 @@ def build(config) -> Stage:
     def init(rng, parents):
         template = network.init(rng)
         params = inherit(template, parents["student"])
-        real = inherit(template, parents["real"])
+        real = inherit(real_network.init(rng), parents["real"])
+        critic = inherit(template, parents["critic"]) if "critic" in parents else real
         return State(
             step=jnp.int32(0),
-            params={"model": params, "critic": real},
-            optimizer={"model": transform.init(params), "critic": critic_transform.init(real)},
+            params={"model": params, "critic": critic},
+            optimizer={"model": transform.init(params), "critic": critic_transform.init(critic)},
             ema=params,
-            frozen={"real": real},
+            frozen={"real": freeze(real, config.frozen_dtype)},
         )
 
-    def score(params, x, condition, guidance=1.0):
+    def score(network, params, x, condition, guidance=1.0):
         if config.real_score == "bidirectional":
             return network.bidirectional(params, condition, guidance)
         return network.teacher_forced(params, x, condition, guidance)
@@ -212,7 +225,7 @@ def build(config) -> Stage:
         def mean_loss(params, inputs):
             x0, condition, (rngs, noise, sigma) = inputs
             _, x, _, _ = fresh_clip(state.params["model"], x0, condition, rngs, last)
-            velocity = score(params, x, condition)
+            velocity = score(network, params, x, condition)
             value = flow.matching_loss(velocity, x, noise, sigma, config.sigma_floor)
             return jnp.mean(value, where=generated)
 
@@ -237,8 +250,8 @@ def build(config) -> Stage:
             x0, condition, (rngs, noise, score_sigma) = inputs
             before = state.params["model"]  # not `params`: the rollout has no gradient
             cache, x, last_input, sigma = fresh_clip(before, x0, condition, rngs, last)
-            real = score(state.frozen["real"], x, condition, config.guidance)
-            fake = score(state.params["critic"], x, condition)
+            real = score(real_network, state.frozen["real"], x, condition, config.guidance)
+            fake = score(network, state.params["critic"], x, condition)
             g = gradient(real, fake, x, noise, score_sigma)
             x_replayed = replay(student, params, cache, last_input, sigma, condition)
             return jnp.mean(loss(x_replayed, g[:, given:]))
@@ -257,4 +270,11 @@ def build(config) -> Stage:
         return state, metrics | {"critic_loss": jnp.mean(critic_loss)}
 
     origin = {"bidirectional": "bidirectional", "causal": "ar_diffusion"}[config.real_score]
-    return Stage(init, step, required=("student", "real"), parent_stages={"real": origin})
+    return Stage(
+        init,
+        step,
+        required=("student", "real"),
+        optional=("critic",),
+        parent_stages={"real": origin},
+        parent_models={"real": real_model},
+    )

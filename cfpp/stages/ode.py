@@ -16,7 +16,17 @@ import numpy as np
 
 from cfpp import flow
 from cfpp.models.network import Network
-from cfpp.stages.stage import Stage, check_choice, clip, descend, inherit, optimizer, start
+from cfpp.stages.stage import (
+    FLOATS,
+    Stage,
+    check_choice,
+    clip,
+    descend,
+    freeze,
+    inherit,
+    optimizer,
+    start,
+)
 
 
 def trajectory(
@@ -52,6 +62,7 @@ def loss(student: flow.Velocity, x: jax.Array, sigma: jax.Array, endpoint: jax.A
 def build(config) -> Stage:
     """Builds stage 2' from a config; `init_from.teacher` is the stage-1 model."""
     check_choice("solver", config.solver, flow.SOLVERS)
+    check_choice("frozen_dtype", config.frozen_dtype, FLOATS)
     network = Network.create(config.model, config.pattern)
     transform = optimizer(config.optimizer, config.steps)
     grid = jnp.asarray(flow.grid(config.grid_steps, config.shift))
@@ -65,7 +76,7 @@ def build(config) -> Stage:
 
     def init(rng, parents):
         params = inherit(network.init(rng), parents["teacher"])
-        return start(params, transform, {"teacher": params})
+        return start(params, transform, {"teacher": freeze(params, config.frozen_dtype)})
 
     def step(state, batch, rng):
         clean, condition = clip(batch)

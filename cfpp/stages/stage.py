@@ -19,6 +19,8 @@ from cfpp.train import shapes
 
 Metrics = dict[str, jax.Array]
 
+FLOATS = ("float32", "bfloat16")  # that a state may be kept in
+
 
 class State(flax.struct.PyTreeNode):
     """Everything that a stage carries from step to step, and that a checkpoint holds.
@@ -47,6 +49,7 @@ class Stage(NamedTuple):
       step: `(state, batch, rng) -> (state, metrics)`, with scalar metrics, one of them `loss`.
       required, optional: roles in `config.init_from` that must and that may be given.
       parent_stages: the stage that a role's model must come from, where it matters.
+      parent_models: the model of a role where it is not `config.model`.
     """
 
     init: Callable[[jax.Array, dict[str, Params]], State]
@@ -54,6 +57,7 @@ class Stage(NamedTuple):
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     parent_stages: Mapping[str, str] = types.MappingProxyType({})
+    parent_models: Mapping[str, ml_collections.ConfigDict] = types.MappingProxyType({})
 
 
 def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
@@ -65,6 +69,8 @@ def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
 def clip(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
     """Latents and condition of a batch from the input pipeline."""
     condition = {name: batch[name] for name in ("actions", "text") if name in batch}
+    if "latents" in batch:
+        return batch["latents"].astype(jnp.float32), condition
     return codec.encode(batch["video"]), condition
 
 
@@ -76,6 +82,11 @@ def inherit(template: Params, parent: Params) -> Params:
     """
     shapes.check(nn.meta.unbox(template), parent, "the parent")
     return nn.meta.replace_boxed(template, parent)
+
+
+def freeze(params: Params, dtype: str) -> Params:
+    """Parameters of a network that only lends its output, in `config.frozen_dtype`."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
@@ -91,10 +102,15 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
     }
     check_choice("optimizer.schedule", config.schedule, tuple(rates))
     check_choice("optimizer.name", config.name, ("adamw", "muon"))
+    check_choice("optimizer.mu_dtype", config.mu_dtype, FLOATS)
     rate = rates[config.schedule]
     if config.name == "adamw":
         update = optax.adamw(
-            rate(config.rate), config.b1, config.b2, weight_decay=config.weight_decay
+            rate(config.rate),
+            config.b1,
+            config.b2,
+            weight_decay=config.weight_decay,
+            mu_dtype=config.mu_dtype,
         )
     else:
         update = optax.contrib.muon(
@@ -102,6 +118,7 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
             adam_learning_rate=rate(config.adam_rate),
             adam_b1=config.b1,
             adam_b2=config.b2,
+            mu_dtype=config.mu_dtype,
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=_matrices,
         )

@@ -61,6 +61,7 @@ def train(
         loss that is not finite.
     """
     validate(config)
+    sources.check(config.data)
     workdir = epath.Path(workdir)
     as_given, config = config, workdirs.resolve(config, workdir)
     if checkpoint.is_finished(workdir, config.steps):
@@ -250,11 +251,12 @@ def check_parents(config: ml_collections.ConfigDict, stage: stages.Stage) -> Non
         if not path:
             continue
         where, parent = f"config.init_from.{role}={path}", checkpoint.find_model(path)[1]
+        model = stage.parent_models.get(role, config.model)
         for name, value in parent.model.items():
-            if name not in OWN_FIELDS and value != config.model[name]:
+            if name not in OWN_FIELDS and value != model[name]:
                 raise UserError(
-                    f"{where} has model.{name}={value!r}; config.model.{name} is "
-                    f"{config.model[name]!r}"
+                    f"{where} has model.{name}={value!r}; this configuration's {role} should have "
+                    f"{model[name]!r}"
                 )
         wanted = stage.parent_stages.get(role, parent.stage)
         if parent.stage != wanted:
