@@ -38,6 +38,14 @@ def parse(argv: list[str]) -> list[str]:
     Raises:
       UserError: a mistake in it.
     """
+    left_over = parse_config(argv)
+    if not flags.FLAGS.workdir:
+        raise UserError("--workdir is missing; give the directory for checkpoints and metrics")
+    return left_over
+
+
+def parse_config(argv: list[str]) -> list[str]:
+    """`parse` without --workdir, for other programs that take a configuration."""
     path = _config_path(argv)
     try:
         left_over = flags.FLAGS(argv)
@@ -50,8 +58,6 @@ def parse(argv: list[str]) -> list[str]:
     _check_tuples(path)
     if len(left_over) > 1:
         raise UserError(f"unexpected argument {left_over[1]!r}; options start with --")
-    if not flags.FLAGS.workdir:
-        raise UserError("--workdir is missing; give the directory for checkpoints and metrics")
     return left_over
 
 

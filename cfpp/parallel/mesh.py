@@ -1,9 +1,21 @@
-"""The device mesh, and where parameters and batches live on it: one table for all networks.
+"""The device mesh, and where every array lives on it: two tables for all networks.
 
-Parameters carry logical axis names (`flax.linen.with_logical_partitioning`); `RULES` maps those to
-the axes of the mesh. Optimizer states and averages mirror the parameters, so they follow.
+The mesh has the axes
+
+    data     clips; parameters are repeated
+    fsdp     clips; parameters are divided, and gathered where they are used
+    context  the tokens within each frame, and, inside attention, heads (see `parallel.context`)
+    tensor   heads and the width of the MLPs
+
+Parameters carry logical axis names (`flax.linen.with_logical_partitioning`), which `STORED` maps to
+the axes of the mesh; optimizer states and averages mirror the parameters, so they follow. `USED`
+says how parameters and activations are laid out in computation. Models and stages name logical axes
+only: the mesh is the ambient one of `jax.set_mesh`, and without one nothing happens.
+
+An array's axis that its mesh axes do not divide is divided by the first of them that do.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,19 +29,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cfpp.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
+BATCH = ("data", "fsdp")
 
-RULES = (
-    ("batch", ("data", "fsdp")),
-    ("embed", "fsdp"),
-    ("embed_out", "tensor"),
-    ("heads", "tensor"),
-    ("mlp", "tensor"),
-    ("patch", None),
-    ("frequency", None),
-    ("actions", None),
-    ("text", None),
-    ("layers", None),
-)
+STORED = {
+    "embed": ("fsdp", "context"),
+    "embed_out": ("tensor",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "patch": (),
+    "frequency": (),
+    "actions": (),
+    "text": (),
+    "layers": (),
+}
+
+USED = {
+    "batch": BATCH,
+    "tokens": ("context",),
+    "heads": ("tensor",),
+    "heads_within_attention": ("tensor", "context"),
+    "mlp": ("tensor",),
+}
 
 
 def create(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -46,13 +66,30 @@ def create(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | No
     shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 for size in sizes if size != -1):
         raise UserError(f"config.mesh is {shown}; sizes are at least 1, and at most one of them -1")
-    if config.context != 1:
-        raise UserError(f"config.mesh.context is {config.context}; only 1 is supported yet")
     given = math.prod(size for size in sizes if size != -1)
     if len(devices) % given or (-1 not in sizes and given != len(devices)):
         raise UserError(f"config.mesh is {shown}; it does not multiply to {len(devices)} devices")
     shape = [len(devices) // given if size == -1 else size for size in sizes]
-    return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES)
+    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+
+
+def check(mesh: Mesh, model: ml_collections.ConfigDict) -> None:
+    """Checks that a transformer's tokens and heads divide over a mesh.
+
+    Raises:
+      UserError: they do not.
+    """
+    if "heads" not in model:
+        return
+    tokens = (model.height // model.patch) * (model.width // model.patch)
+    for axis, size, what in (
+        ("context", tokens, "tokens of a frame"),
+        ("tensor", model.heads, "heads"),
+    ):
+        if size % mesh.shape[axis]:
+            raise UserError(
+                f"config.mesh.{axis} is {mesh.shape[axis]}; it must divide the {size} {what}"
+            )
 
 
 def batch_sharding(mesh: Mesh, batch_size: int, accumulate: int = 1) -> NamedSharding:
@@ -68,7 +105,7 @@ def batch_sharding(mesh: Mesh, batch_size: int, accumulate: int = 1) -> NamedSha
             f"config.batch_size is {batch_size}; it must be a multiple of {parts}the {ways} "
             "devices on the mesh's data and fsdp axes"
         )
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def state_shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -79,24 +116,71 @@ def state_shardings(boxed: Any, mesh: Mesh) -> Any:
       mesh: where it will live.
 
     Returns:
-      A tree of `NamedSharding`s like the unboxed state. An axis that its mesh axis does not divide
-      is left whole.
+      A tree of `NamedSharding`s like the unboxed state.
     """
 
     def place(leaf):
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, PartitionSpec())
-        axes = nn.logical_to_mesh_axes(leaf.names, RULES)
+        spec = lambda array: _spec(leaf.names, STORED, array.shape, mesh.shape)
         # A box may hold an empty tree: a parameter that the optimizer leaves to another.
-        return jax.tree.map(lambda array: _fit(mesh, axes, array.shape), leaf.value)
+        return jax.tree.map(lambda array: NamedSharding(mesh, spec(array)), leaf.value)
 
     return jax.tree.map(place, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def _fit(mesh: Mesh, axes: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
-    def ways(names):
-        names = (names,) if isinstance(names, str) else names or ()
-        return math.prod(mesh.shape[name] for name in names)
+def ambient() -> jax.sharding.AbstractMesh | None:
+    """The mesh that a program is being traced for; None without one, or inside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
-    fitting = [a if size % ways(a) == 0 else None for size, a in zip(shape, axes, strict=False)]
-    return NamedSharding(mesh, PartitionSpec(*fitting))
+
+def platform() -> str:
+    """The platform that a program is being traced for, which need not be this machine's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def used(shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
+    """The layout, by `USED`, of an array whose axes have these logical names."""
+    return _spec(names, USED, shape, ambient().shape)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Lays an activation out as `USED` says for the logical names of its axes."""
+    return jax.lax.with_sharding_constraint(x, used(x.shape, *names)) if ambient() else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(parameter: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """A parameter as it is used, from how it is stored; its gradient goes the other way.
+
+    Without the second half every device would keep the whole gradient.
+    """
+    return constrain(parameter, *names)
+
+
+def _gather_forward(parameter, names):
+    return gather(parameter, names), None
+
+
+def _gather_backward(names, _, gradient):
+    if mesh := ambient():
+        spec = _spec(names, STORED, gradient.shape, mesh.shape)
+        gradient = jax.lax.with_sharding_constraint(gradient, spec)
+    return (gradient,)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _spec(names, table, shape, sizes) -> PartitionSpec:
+    def fit(name, size):
+        fitting, ways = [], 1
+        for axis in table.get(name, ()):
+            if size % (ways * sizes[axis]) == 0:
+                fitting.append(axis)
+                ways *= sizes[axis]
+        return tuple(fitting) or None
+
+    return PartitionSpec(*(fit(name, size) for name, size in zip(names, shape, strict=False)))

@@ -6,20 +6,19 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
 from absl import logging
 from clu import parameter_overview
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cfpp import stages
 from cfpp.data import pipeline, sources
 from cfpp.errors import UserError
 from cfpp.parallel import mesh
-from cfpp.train import checkpoint, metrics
+from cfpp.train import checkpoint, metrics, program, shapes
 from cfpp.train import workdir as workdirs
 from cfpp.train.samples import samples
 
@@ -37,7 +36,6 @@ RANGES = {
 OWN_FIELDS = ("dtype", "remat", "unroll", "gate_init")
 
 STEPS_IN_FLIGHT = 2  # dispatched and not finished: enough to keep the device busy
-INIT = 2**32 - 1  # folded into the run's key for the first state; no step has this number
 
 
 def train(
@@ -71,14 +69,7 @@ def train(
 
     stage = build_stage(config)
     device_mesh = mesh.create(config.mesh)
-    replicated = NamedSharding(device_mesh, PartitionSpec())
-    batch_sharding = mesh.batch_sharding(device_mesh, config.batch_size, config.accumulate)
-    key = jax.random.key(config.seed)
-
-    def init(parents):
-        return stage.init(jax.random.fold_in(key, INIT), parents)
-
-    shapes = first_shapes(init, config)
+    programs = programs_of(stage, config, device_mesh)
     check_parents(config, stage)
     workdirs.claim(as_given, workdir)  # only now: a mistake leaves no trace
 
@@ -90,25 +81,13 @@ def train(
         )
         stack.enter_context(contextlib.closing(data))  # ends its workers
 
-        state_sharding = mesh.state_shardings(shapes, device_mesh)
-        template = jax.tree.map(
-            lambda leaf, sharding: leaf.update(sharding=sharding),
-            nn.meta.unbox(shapes),
-            state_sharding,
-        )
         checkpoints = checkpoint.Checkpoints(workdir, config.keep)
         stack.enter_context(contextlib.closing(checkpoints))
-        state = checkpoints.restore(template, data)
+        state = checkpoints.restore(programs.state, data)
         if state is None:
+            replicated = NamedSharding(device_mesh, PartitionSpec())
             loaded = parents(config, lambda path: checkpoint.load_model(path, replicated)[1])
-            state = jax.jit(
-                lambda parents: nn.meta.unbox(init(parents)), out_shardings=state_sharding
-            )(loaded)
-        train_step = jax.jit(
-            lambda state, batch: stage.step(state, batch, jax.random.fold_in(key, state.step)),
-            out_shardings=(state_sharding, replicated),
-            donate_argnums=0,
-        )
+            state = programs.init(loaded)
         start = int(state.step)
 
         writer = stack.enter_context(contextlib.closing(metrics.Writer(workdir, start)))
@@ -121,9 +100,9 @@ def train(
 
         for step in range(start + 1, config.steps + 1):  # steps done, once this one is
             batch = jax.tree.map(
-                lambda x: jax.make_array_from_process_local_data(batch_sharding, x), next(data)
+                lambda x: jax.make_array_from_process_local_data(programs.batch, x), next(data)
             )
-            state, step_metrics = train_step(state, batch)
+            state, step_metrics = programs.step(state, batch)
             recent.append(step_metrics)
             in_flight.append(step_metrics["loss"])
             if len(in_flight) > STEPS_IN_FLIGHT:
@@ -227,16 +206,18 @@ def parents(config: ml_collections.ConfigDict, load: Callable[[str], Any]) -> di
     return loaded
 
 
-def first_shapes(init: Callable, config: ml_collections.ConfigDict) -> Any:
-    """The shapes of the first state, in their boxes, from those of the parents.
+def programs_of(
+    stage: stages.Stage, config: ml_collections.ConfigDict, device_mesh: Mesh
+) -> program.Program:
+    """The stage's programs, for parents of the shapes that are stored.
 
     Raises:
-      UserError: a parent does not fit.
+      UserError: a parent does not fit, or something does not divide over the mesh.
     """
     given = parents(config, checkpoint.model_shapes)
     try:
-        return jax.eval_shape(init, given)
-    except UserError as error:
+        return program.create(stage, config, given, device_mesh)
+    except shapes.MismatchError as error:
         roles = ", ".join(f"{role}={config.init_from[role]}" for role in given)
         raise UserError(f"config.init_from ({roles}): {error}") from error
 

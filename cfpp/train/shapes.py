@@ -8,6 +8,10 @@ import jax.numpy as jnp
 from cfpp.errors import UserError
 
 
+class MismatchError(UserError):
+    """Parameters of another model."""
+
+
 def check(wanted: Any, found: Any, where: str) -> None:
     """Compares the parameters that a model has with those that were stored.
 
@@ -17,13 +21,13 @@ def check(wanted: Any, found: Any, where: str) -> None:
       where: what holds `found`, for the message.
 
     Raises:
-      UserError: names the first parameter that differs, and both shapes.
+      MismatchError: names the first parameter that differs, and both shapes.
     """
     wanted, found = _by_name(wanted), _by_name(found)
     for name in [*wanted, *(name for name in found if name not in wanted)]:
         there, here = (_shape(tree[name]) if name in tree else "absent" for tree in (found, wanted))
         if there != here:
-            raise UserError(
+            raise MismatchError(
                 f"{where} is of another model: parameter {name} is {there} there and {here} in "
                 "this configuration"
             )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cfpp.errors import UserError
-from cfpp.train import checkpoint, loop
+from cfpp.train import checkpoint, loop, program
 from tests.train import crash, fake
 
 
@@ -244,7 +244,7 @@ def test_donated_buffers_do_not_reach_the_disk(tmp_path):
     with fake.patches(512)[2]:
         data = fake.train_batches(config.data, config.batch_size, config.seed)
         stage, key = fake.build(config), jax.random.key(config.seed)
-        state = jax.jit(stage.init)(jax.random.fold_in(key, loop.INIT), {})
+        state = jax.jit(stage.init)(jax.random.fold_in(key, program.INIT), {})
         step = jax.jit(stage.step)
         for number in range(6):
             batch = jax.tree.map(jnp.asarray, next(data))

@@ -1,0 +1,310 @@
+"""Compiles a training step for a TPU slice that is not at hand, and tells what it would take.
+
+python -m cfpp.aot --config=configs/stage3.py:wan_1_3b --topology=v5p:4x4x4
+python -m cfpp.aot --config=configs/stage1.py:wan_1_3b --topology=v5e:8x8 --mesh=fsdp=16,context=4
+python -m cfpp.aot --config=configs/stage1.py:wan_1_3b --topology=v5p:4x4x4 --sweep
+
+It is the step that training runs, compiled by the TPU's own compiler (`pip install 'cfpp[tpu]'`) on
+any machine; nothing is executed and no data or parent model is needed. Per device it tells memory
+against the chip's, arithmetic and communication, and the least time that these take at the chip's
+nominal rates. `--sweep` compiles every mesh that the model divides over, and ranks them.
+
+Operations count matrix products and kernels, recomputation included; loops whose length is random,
+which leave stage 3's denoising early, count as one turn.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from absl import app, flags, logging
+
+from cfpp import main as training
+from cfpp.errors import UserError, exit_on_user_error
+from cfpp.parallel import topology
+
+topology.prepare_environment()
+
+import flax.linen as nn  # noqa: E402
+import jax  # noqa: E402
+import ml_collections  # noqa: E402
+
+from cfpp import stages  # noqa: E402
+from cfpp.data import pipeline  # noqa: E402
+from cfpp.models.network import Network  # noqa: E402
+from cfpp.parallel import compiled, mesh  # noqa: E402
+from cfpp.train import loop, program  # noqa: E402
+
+flags.DEFINE_string("topology", None, "The slice, such as v5p:4x4x4 or v5e:16x16.")
+flags.DEFINE_string("mesh", None, "Sizes as fsdp=16,context=4; otherwise those of the config.")
+flags.DEFINE_string("json", None, "A file to write the figures to.")
+flags.DEFINE_bool("sweep", False, "Compile every mesh and rank them.")
+
+LARGEST_TENSOR = 4  # tried by a sweep
+ROWS = 8  # of collectives and buffers printed
+
+Config = ml_collections.ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a compiled step takes, per device; sizes in bytes.
+
+    Attributes:
+      mesh: sizes by axis.
+      fits: whether the compiler found room for it; without room, only `peak` is known besides
+        `largest`.
+      memory: the chip's.
+      arguments: state and batch. The state is donated: the new one takes its place.
+      temporaries: all else that lives at the same time.
+      peak: the sum, with the program itself.
+      largest: where it does not fit, the largest buffers, as the compiler tells them.
+      flops: operations of a step.
+      compute_seconds, communication_seconds: the least time for these at the nominal rates.
+      collectives: what is exchanged, largest first.
+      compile_seconds: what the compiler took.
+    """
+
+    mesh: dict[str, int]
+    fits: bool
+    memory: float
+    peak: float
+    flops: float
+    compute_seconds: float
+    compile_seconds: float
+    arguments: float = 0.0
+    temporaries: float = 0.0
+    communication_seconds: float = 0.0
+    collectives: tuple[compiled.Collective, ...] = ()
+    largest: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """The least time that a step takes."""
+        return max(self.compute_seconds, self.communication_seconds)
+
+
+def parent_shapes(config: Config, stage: stages.Stage) -> dict[str, Any]:
+    """The shapes of the parents that a stage would load, by role."""
+
+    def shapes(role):
+        model = stage.parent_models.get(role, config.model)
+        network = Network.create(model, config.pattern)
+        return nn.meta.unbox(jax.eval_shape(network.init, jax.random.key(0)))
+
+    return {role: shapes(role) for role, path in config.init_from.items() if path}
+
+
+def compile_step(config: Config, name: str) -> Report:
+    """Compiles the training step of a stage for a topology such as 'v5p:4x4x4'.
+
+    Raises:
+      UserError: the configuration, the topology or the mesh cannot be.
+    """
+    chip, devices = topology.chip(name), topology.devices(name)
+    stage = loop.build_stage(config)
+    device_mesh = mesh.create(config.mesh, devices)
+    programs = program.create(stage, config, parent_shapes(config, stage), device_mesh)
+    batch = {
+        key: shape.update(sharding=programs.batch)
+        for key, shape in pipeline.batch_shapes(config).items()
+    }
+    begin = time.perf_counter()
+    traced = programs.step.trace(programs.state, batch)
+    flops = compiled.flops(traced.jaxpr.jaxpr) / len(devices)
+    figures = {
+        "mesh": dict(device_mesh.shape),
+        "memory": chip.memory,
+        "flops": flops,
+        "compute_seconds": flops / chip.rate,
+    }
+    try:
+        step = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        peak, largest = _exhausted(str(error), chip.memory)
+        seconds = time.perf_counter() - begin
+        return Report(**figures, fits=False, peak=peak, largest=largest, compile_seconds=seconds)
+    seconds = time.perf_counter() - begin
+    memory = step.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    exchanged = compiled.collectives(step.as_text(), device_mesh)
+    received = sum(row.received * row.times for row in exchanged)
+    return Report(
+        **figures,
+        fits=True,
+        arguments=arguments,
+        temporaries=temporaries,
+        peak=arguments + temporaries + fresh + memory.generated_code_size_in_bytes,
+        communication_seconds=received / chip.links,
+        collectives=tuple(exchanged),
+        compile_seconds=seconds,
+    )
+
+
+def _exhausted(message: str, memory: float) -> tuple[float, tuple[str, ...]]:
+    """The bytes that a step would take, and its largest buffers, from the compiler's refusal."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)", message)
+    peak = float(used.group(1)) * units[used.group(2)] if used else memory
+    sizes = re.findall(r"Size: ([\d.]+[KMGT]?)(.*?)(?=Size:|\Z)", message, re.DOTALL)
+    rows = []
+    for size, detail in sizes[:ROWS]:
+        shape = re.search(r"Shape: (\w+\[[\d,]*\])", detail)
+        origin = re.search(r'op_name="([^"]*)"', detail)
+        rows.append(
+            " ".join([size, shape.group(1) if shape else "", origin.group(1) if origin else ""])
+        )
+    return peak, tuple(rows)
+
+
+def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
+    """The meshes over which a stage divides, clips over fsdp alone."""
+    model = config.model
+    tokens = (model.height // model.patch) * (model.width // model.patch)
+    for tensor in range(1, LARGEST_TENSOR + 1):
+        for context in range(1, devices + 1):
+            fsdp, left = divmod(devices, tensor * context)
+            fits = not (left or model.heads % tensor or tokens % context)
+            if fits and fsdp and config.batch_size % fsdp == 0:
+                yield {"data": 1, "fsdp": fsdp, "context": context, "tensor": tensor}
+
+
+def advice(config: Config, report: Report) -> str:
+    """What to change where a step does not fit."""
+    options = []
+    if config.model.remat == "none":
+        options.append("--config.model.remat=full")
+    ways = report.mesh["data"] * report.mesh["fsdp"]
+    if config.batch_size > ways:
+        options.append(
+            f"a smaller --config.batch_size (each device has {config.batch_size // ways})"
+        )
+    options.append("a larger context in --mesh, or more chips")
+    return "; ".join(options)
+
+
+def show(report: Report) -> str:
+    """A report as text."""
+    size = lambda count: f"{count / 2**30:.2f} GiB"
+    sizes = ", ".join(f"{axis}={size}" for axis, size in report.mesh.items())
+    share = f"{report.peak / report.memory:.0%} of {size(report.memory)}"
+    lines = [f"mesh {sizes}: " + ("fits" if report.fits else "does not fit")]
+    if not report.fits:
+        lines.append(f"  memory         {size(report.peak)} needed, {share}; largest buffers:")
+        lines += [f"                 {row}" for row in report.largest]
+    else:
+        lines.append(
+            f"  memory         arguments {size(report.arguments)}, temporaries "
+            f"{size(report.temporaries)}, peak {size(report.peak)}: {share}"
+        )
+    lines.append(
+        f"  arithmetic     {report.flops / 1e12:.1f} TFLOP: at least {report.compute_seconds:.2f} s"
+    )
+    if report.fits:
+        total = sum(row.received * row.times for row in report.collectives)
+        lines.append(
+            f"  communication  {size(total)}: at least {report.communication_seconds:.2f} s"
+        )
+        for row in report.collectives[:ROWS]:
+            shape, *more = row.shape.split("+")
+            lines.append(
+                f"    {size(row.received * row.times):>11} = {row.times:5} x "
+                f"{row.received / 2**20:.2f} MiB, {row.kind} over {' and '.join(row.axes)}, {shape}"
+                + (f" and {len(more)} more" if more else "")
+            )
+    lines.append(f"  compiled in    {report.compile_seconds:.0f} s")
+    return "\n".join(lines)
+
+
+def rank(reports: list[Report]) -> str:
+    """A table of the meshes of a sweep, the fastest that fits first."""
+    ordered = sorted(reports, key=lambda report: (not report.fits, report.seconds, report.peak))
+    lines = ["| mesh | peak, of memory | arithmetic, s | communication, s |", "|---|---|---|---|"]
+    for report in ordered:
+        sizes = ", ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1)
+        share = f"{report.peak / report.memory:.0%}" + ("" if report.fits else ", does not fit")
+        talk = f"{report.communication_seconds:.2f}" if report.fits else ""
+        lines.append(f"| {sizes} | {share} | {report.compute_seconds:.2f} | {talk} |")
+    return "\n".join(lines)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Reads `--mesh`: axes that it does not name have size 1.
+
+    Raises:
+      UserError: a word is not AXIS=SIZE.
+    """
+    sizes = dict.fromkeys(mesh.AXES, 1)
+    for word in text.split(","):
+        axis, _, size = word.partition("=")
+        if axis not in mesh.AXES or not re.fullmatch(r"-?\d+", size):
+            known = ", ".join(f"{axis}=N" for axis in mesh.AXES)
+            raise UserError(f"--mesh={text}: {word!r} is none of {known}")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def run(config: Config, name: str, sizes: str | None, sweep: bool, out: str | None) -> None:
+    """Compiles and prints what the flags ask for.
+
+    Raises:
+      UserError: the configuration, the topology or the mesh cannot be.
+    """
+    if "jobs" in config:
+        raise UserError(f"--config has several jobs, {', '.join(config.jobs)}; give one stage's")
+    config = config.copy_and_resolve_references()
+    devices = topology.devices(name)
+    print(f"{config.stage} on {name}, {len(devices)} chips")
+    tried = [dict(config.mesh)]
+    if sizes:
+        tried = [mesh_sizes(sizes)]
+    if sweep:
+        tried = list(meshes(config, len(devices)))
+    reports = []
+    for config.mesh in tried:
+        reports.append(compile_step(config, name))
+        print(show(reports[-1]), flush=True)
+        if not reports[-1].fits:
+            print(f"  to change      {advice(config, reports[-1])}")
+    if sweep:
+        print("\n" + rank(reports))
+    if out:
+        with open(out, "w") as file:
+            json.dump([dataclasses.asdict(report) for report in reports], file, indent=1)
+            file.write("\n")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the command line, for `absl.app`.
+
+    Raises:
+      UserError: a mistake in it.
+    """
+    left_over = training.parse_config(argv)
+    if not flags.FLAGS.topology:
+        raise UserError("--topology is missing; give a slice such as v5p:4x4x4 or v5e:16x16")
+    topology.chip(flags.FLAGS.topology)
+    return left_over
+
+
+def main(argv: list[str]) -> None:
+    """Runs what the flags say."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    values = flags.FLAGS
+    run(values.config, values.topology, values.mesh, values.sweep, values.json)
+
+
+if __name__ == "__main__":
+    try:
+        with exit_on_user_error():
+            app.run(main, flags_parser=parse)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

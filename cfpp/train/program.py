@@ -1,0 +1,78 @@
+"""The compiled programs of a run: its first state and its step, laid out over a mesh.
+
+What the training loop runs and what `cfpp.aot` compiles without running is the same.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import ml_collections
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cfpp import stages
+from cfpp.parallel import mesh
+
+INIT = 2**32 - 1  # folded into the run's key for the first state; no step has this number
+
+
+class Program(NamedTuple):
+    """A stage on a mesh.
+
+    Attributes:
+      state: its state as `jax.ShapeDtypeStruct`s with shardings.
+      batch: the sharding of its batches.
+      init: jitted, parents by role -> the first state.
+      step: jitted, (state, batch) -> (state, metrics); the given state is donated. Its randomness
+        is a function of the run's seed and `state.step`.
+    """
+
+    state: Any
+    batch: NamedSharding
+    init: Callable
+    step: Callable
+
+
+def create(
+    stage: stages.Stage,
+    config: ml_collections.ConfigDict,
+    parents: dict[str, Any],
+    device_mesh: Mesh,
+) -> Program:
+    """The programs of a stage.
+
+    Args:
+      stage: what `config` builds.
+      config: of the stage.
+      parents: the parameters of the parents by role, or their shapes.
+      device_mesh: where to run.
+
+    Raises:
+      UserError: a parent does not fit, or the batch or the model do not divide over the mesh.
+    """
+    mesh.check(device_mesh, config.model)
+    batch_sharding = mesh.batch_sharding(device_mesh, config.batch_size, config.accumulate)
+    key = jax.random.key(config.seed)
+
+    def init(parents):
+        return stage.init(jax.random.fold_in(key, INIT), parents)
+
+    def step(state, batch):
+        with jax.sharding.use_abstract_mesh(device_mesh.abstract_mesh):
+            return stage.step(state, batch, jax.random.fold_in(key, state.step))
+
+    boxed = jax.eval_shape(init, parents)
+    shardings = mesh.state_shardings(boxed, device_mesh)
+    return Program(
+        jax.tree.map(
+            lambda leaf, sharding: leaf.update(sharding=sharding), nn.meta.unbox(boxed), shardings
+        ),
+        batch_sharding,
+        jax.jit(lambda parents: nn.meta.unbox(init(parents)), out_shardings=shardings),
+        jax.jit(
+            step,
+            out_shardings=(shardings, NamedSharding(device_mesh, PartitionSpec())),
+            donate_argnums=0,
+        ),
+    )
