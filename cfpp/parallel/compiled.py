@@ -1,6 +1,6 @@
 """Reading programs: the work in a jaxpr, the collectives in the text of a compiled program.
 
-XLA's own cost analysis counts the body of a loop once and a Pallas kernel not at all. So the numbers
+XLA's own cost analysis counts the body of a loop once and a Pallas kernel not at all. So numbers
 come from elsewhere: operations from the jaxpr, where a scan says its length and a kernel its cost,
 and communication from the compiled text, every instruction times the trips of the loops around it.
 A loop whose length is known only at run time counts as one turn in both.
