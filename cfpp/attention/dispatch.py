@@ -20,6 +20,7 @@ from absl import logging
 from cfpp.attention import reference, xla
 from cfpp.attention.schedule import Mask, StaticMask
 from cfpp.errors import UserError
+from cfpp.parallel import context, mesh
 
 
 class Implementation(NamedTuple):
@@ -61,7 +62,7 @@ def attend(
       UserError: the implementation does not run on this machine.
       ValueError: the shapes do not fit.
     """
-    implementation = choose(name, jax.default_backend())
+    implementation = context.per_device(choose(name, mesh.platform()))
     results = []
     for k, v, mask, layer in parts:
         _check_shapes(q, k, v, _plain(mask), layer)

@@ -25,8 +25,11 @@ from cfpp import flow
 from cfpp.attention import dispatch
 from cfpp.attention.cache import Cache
 from cfpp.attention.pattern import CLEAN, Pattern
+from cfpp.parallel import context, mesh
 
 HISTORY_GRADIENTS = ("none", "straight_through")
+
+ACTIVATIONS = ("batch", None, "tokens", None)  # logical axes of [B, E, T, dim]
 
 
 def sinusoid(t: jax.Array, width: int) -> jax.Array:
@@ -74,6 +77,10 @@ def dense(features: int, axes: tuple[str, str], dtype, name: str, init=None) -> 
     return nn.Dense(
         features,
         dtype=dtype,
+        # Cast first, then gathered: half of the bytes.
+        dot_general=lambda x, kernel, *args, **kwargs: jax.lax.dot_general(
+            x, mesh.gather(kernel, axes), *args, **kwargs
+        ),
         kernel_init=nn.with_logical_partitioning(init, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
         name=name,
@@ -112,7 +119,8 @@ class TextKeyValue(nn.Module):
         )
         v = dense(self.dim, ("embed", "heads"), self.dtype, "v")(text)
         split = lambda y: einops.rearrange(y, "b l (n d) -> b l n d", n=self.heads)
-        return carry, (split(k), split(v))
+        place = lambda y: mesh.constrain(split(y), "batch", None, "heads", None)
+        return carry, (place(k), place(v))
 
 
 def _pass_through(cached: jax.Array, fresh: jax.Array) -> jax.Array:
@@ -173,8 +181,10 @@ class Block(nn.Module):
             x = x + self._cross_attention(x, text)
         h = modulated_norm(x, shift2, scale2)
         h = dense(self.ffn_dim, ("embed", "mlp"), self.dtype, "mlp_in")(h)
+        h = mesh.constrain(h, "batch", None, "tokens", "mlp")
         h = dense(self.dim, ("mlp", "embed"), self.dtype, "mlp_out")(nn.gelu(h, approximate=True))
-        return x + (h * gate2[:, :, None]).astype(x.dtype), key_value
+        x = x + (h * gate2[:, :, None]).astype(x.dtype)
+        return mesh.constrain(x, *ACTIVATIONS), key_value
 
     def _init_modulation(self, rng, shape, dtype=jnp.float32):
         noise = jax.random.normal(rng, shape, dtype) / np.sqrt(self.dim)
@@ -185,7 +195,7 @@ class Block(nn.Module):
         split = lambda y: einops.rearrange(y, "b e t (n d) -> b n e t d", n=self.heads)
         q = rotate(split(rms_norm(self.dtype, "norm_q")(project("q"))), angles)
         k = rotate(split(rms_norm(self.dtype, "norm_k")(project("k"))), angles)
-        v = split(project("v"))
+        q, k, v = context.to_heads(q, k, split(project("v")))
         parts = [(k, v, own, None)]
         if history is not None and self.history_gradient == "none":
             mask, *cached = history
@@ -194,7 +204,7 @@ class Block(nn.Module):
             mask, *cached = history
             through = (_pass_through(x[layer], y) for x, y in zip(cached, (k, v), strict=True))
             parts.append((*through, mask, None))
-        out = dispatch.attend(self.attention, q, parts)
+        out = context.to_tokens(dispatch.attend(self.attention, q, parts))
         out = einops.rearrange(out, "b n e t d -> b e t (n d)")
         return dense(self.dim, ("heads", "embed"), self.dtype, "o")(out), (k, v)
 
@@ -209,9 +219,11 @@ class Block(nn.Module):
         q = rms_norm(self.dtype, "cross_norm_q")(
             dense(self.dim, ("embed", "heads"), self.dtype, "cross_q")(h)
         )
-        q = einops.rearrange(q, "b e t (n d) -> b (e t) n d", n=self.heads)
-        out = jax.nn.dot_product_attention(q, *text)
-        out = einops.rearrange(out, "b (e t) n d -> b e t (n d)", e=x.shape[1])
+        q = einops.rearrange(q, "b e t (n d) -> b e t n d", n=self.heads)
+        q = mesh.constrain(q, "batch", None, "tokens", "heads", None)
+        # Over entries one by one: merging them with tokens would undo the tokens' layout.
+        out = jax.vmap(lambda q: jax.nn.dot_product_attention(q, *text), 1, 1)(q)
+        out = einops.rearrange(out, "b e t n d -> b e t (n d)")
         return dense(self.dim, ("heads", "embed"), self.dtype, "cross_o")(out)
 
 
@@ -271,7 +283,9 @@ class DiT(nn.Module):
     def cache(self, batch: int, slots: int, sink: int = 0) -> Cache:
         """An empty cache for `slots` frames of `batch` clips."""
         shape = (self.layers, batch, self.heads, slots, self.tokens, self.head_dim)
-        return Cache.empty(shape, jnp.dtype(self.dtype), sink)
+        cache = Cache.empty(shape, jnp.dtype(self.dtype), sink)
+        key, value = map(context.constrain_cache, (cache.key, cache.value))
+        return cache.replace(key=key, value=value)
 
     def check(self) -> None:
         """Raises ValueError if an attribute is out of range, or sizes do not fit one another."""
@@ -383,13 +397,14 @@ class DiT(nn.Module):
         rows, columns = self.height // self.patch, self.width // self.patch
         p = self.patch
         tokens = einops.rearrange(x, "b e (r p) (s q) c -> b e (r s) (p q c)", p=p, q=p)
-        h = self.patch_in(tokens)  # [B, E, T, dim]
+        h = mesh.constrain(self.patch_in(tokens), *ACTIVATIONS)
 
         time = self.time_out(nn.silu(self.time_in(sinusoid(1000.0 * sigma, self.frequency_dim))))
         if self.num_actions:
             time = time + self.action(action)
         modulation = self.time_modulation(nn.silu(time))
         modulation = einops.rearrange(modulation, "b e (six d) -> b e six d", six=6)
+        modulation = mesh.constrain(modulation, "batch", None, None, None)
 
         angles = rotary_angles(frame, rows, columns, self.head_dim, self.rotary_base)
         own = dispatch.keep_static(pattern.mask((frame, copy), (frame, copy)))
@@ -403,6 +418,7 @@ class DiT(nn.Module):
 
         shift, scale = jnp.moveaxis(time[:, :, None] + self.head_modulation, 2, 0)
         out = self.head(modulated_norm(h, shift, scale)).astype(jnp.float32)
+        out = mesh.constrain(out, "batch", None, None, None)  # latents are small, and whole
         out = einops.rearrange(
             out, "b e (r s) (p q c) -> b e (r p) (s q) c", r=rows, s=columns, p=p, q=p
         )

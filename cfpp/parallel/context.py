@@ -52,7 +52,7 @@ def per_device(attend: Callable) -> Callable:
       attend: `(q, k, v, mask, layer) -> (out, logsumexp)`, as `attention.reference.attend`.
     """
 
-    def run(q, k, v, mask, layer):
+    def run(q, k, v, mask, layer=None):
         if mesh.ambient() is None:
             return attend(q, k, v, mask, layer)
         q_spec = mesh.used(q.shape, *(HEADS if _gathers_tokens(q.shape) else TOKENS))
@@ -66,13 +66,22 @@ def per_device(attend: Callable) -> Callable:
             arrays["layer"], specs["layer"] = layer, PartitionSpec()
         constant = {"mask": mask, "layer": layer}
         return jax.shard_map(
-            lambda arrays: attend(**(constant | arrays)),
+            lambda arrays: attend(**_same_tokens(**(constant | arrays))),
             in_specs=(specs,),
             out_specs=(q_spec, PartitionSpec(*q_spec[:4])),
             check_vma=False,  # kernels do not tell it
         )(arrays)
 
     return run
+
+
+def _same_tokens(q, k, v, mask, layer):
+    """Cuts frames of keys into parts of as many tokens as there are queries of a frame here."""
+    parts = k.shape[-2] // q.shape[-2]
+    if parts > 1:
+        cut = lambda x: x.reshape(*x.shape[:-3], -1, *q.shape[-2:])
+        k, v, mask = cut(k), cut(v), mask.repeat(parts, 1)
+    return {"q": q, "k": k, "v": v, "mask": mask, "layer": layer}
 
 
 def _divides_heads(heads: int) -> bool:
