@@ -1,7 +1,8 @@
 """One entrance to all implementations of attention, and the merging of what they return.
 
 Every implementation is a function `attend(q, k, v, mask, layer) -> (out, logsumexp)` that computes
-what `reference.attend` does; with `layer` it need not have a gradient. Attention over several sets
+what `reference.attend` does; with `layer` it need not have a gradient. Those of libraries have no
+logsumexp, and so cannot attend to a cache. Attention over several sets
 of keys, such as a cache and the entries' own, is attention over each, merged: with o_p, L_p of
 part p,
 
@@ -9,6 +10,7 @@ part p,
 """
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,24 +19,37 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from cfpp.attention import reference, xla
 from cfpp.attention.schedule import Mask, StaticMask
 from cfpp.errors import UserError
 from cfpp.parallel import context, mesh
 
 
 class Implementation(NamedTuple):
-    """How to attend, and on which platforms it runs: 'cpu', 'gpu', 'tpu'."""
+    """A way to attend.
 
-    attend: Callable
-    platforms: tuple[str, ...]
+    Attributes:
+      function: 'module:name' of it; kernels are imported where they are used.
+      platforms: on which it runs: 'cpu', 'gpu', 'tpu'.
+      interpreted: whether it is a kernel that Pallas's interpreter runs on a CPU: slow, for tests.
+      cached: whether it can attend to a cache; where not, 'auto' does that part of the work.
+    """
+
+    function: str
+    platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
+    interpreted: bool = False
+    cached: bool = True
 
 
 IMPLEMENTATIONS = {
-    "reference": Implementation(reference.attend, ("cpu", "gpu", "tpu")),
-    "xla": Implementation(xla.attend, ("cpu", "gpu", "tpu")),
+    "reference": Implementation("reference:attend"),
+    "xla": Implementation("xla:attend"),
+    "pallas_tpu": Implementation("pallas_tpu:attend", ("tpu",), interpreted=True),
+    "pallas_gpu": Implementation("pallas_gpu:attend", ("gpu",), interpreted=True),
+    "splash": Implementation("library:splash", ("tpu",), interpreted=True, cached=False),
+    "cudnn": Implementation("library:cudnn", ("gpu",), cached=False),
+    "tokamax": Implementation("library:tokamax", cached=False),
 }
-AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+AUTO = {"cpu": "xla", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}
 
 
 def keep_static(mask: Mask) -> StaticMask | jax.Array:
@@ -62,7 +77,10 @@ def attend(
       UserError: the implementation does not run on this machine.
       ValueError: the shapes do not fit.
     """
-    implementation = context.per_device(choose(name, mesh.platform()))
+    platform = mesh.platform()
+    if len(parts) > 1 and name != "auto" and not IMPLEMENTATIONS[name].cached:
+        name = "auto"
+    implementation = context.per_device(choose(name, platform))
     results = []
     for k, v, mask, layer in parts:
         _check_shapes(q, k, v, _plain(mask), layer)
@@ -115,12 +133,18 @@ def choose(name: str, platform: str) -> Callable:
         name = AUTO[platform]
         logging.info("attention: %s, on %s", name, platform)
     implementation = IMPLEMENTATIONS[name]
-    if platform not in implementation.platforms:
+    interpreted = implementation.interpreted and platform == "cpu"
+    if platform not in implementation.platforms and not interpreted:
         raise UserError(
-            f"model.attention is {name}, which runs on {' or '.join(implementation.platforms)}; "
-            f"this machine has {platform}: use auto"
+            f"config.model.attention is {name}, which runs on "
+            f"{' and '.join(implementation.platforms)}; this machine has {platform}: use auto"
         )
-    return implementation.attend
+    module, _, function = implementation.function.partition(":")
+    found = getattr(importlib.import_module(f"cfpp.attention.{module}"), function)
+    if interpreted:
+        logging.warning("attention: %s on a CPU, by Pallas's interpreter: slow", name)
+        return functools.partial(found, interpret=True)
+    return found
 
 
 def _check_shapes(q, k, v, mask: Mask, layer) -> None:

@@ -96,7 +96,7 @@ def test_bfloat16_rounds_no_worse_than_dense():
 def test_a_query_that_sees_nothing(name):
     q = k = v = jnp.ones((1, 1, 2, 3, 4))
     mask = np.array([[True, False], [False, False]])
-    out, logsumexp = dispatch.IMPLEMENTATIONS[name].attend(q, k, v, mask)
+    out, logsumexp = dispatch.choose(name, "cpu")(q, k, v, mask)
     np.testing.assert_array_equal(out[0, 0, 1], 0)
     np.testing.assert_array_equal(logsumexp[0, 0, 1], np.float32(reference.NOTHING))
     close(out[0, 0, 0], np.ones((3, 4)))
@@ -158,8 +158,24 @@ def test_misfits():
         dispatch.attend("xla", q, [(q, q, dispatch.keep_static(np.ones((3, 2), bool)), None)])
 
 
-def test_an_implementation_that_the_device_lacks(monkeypatch):
-    only_tpu = dispatch.Implementation(reference.attend, ("tpu",))
-    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "for_tpu", only_tpu)
-    with pytest.raises(UserError, match="for_tpu, which runs on tpu; this machine has cpu"):
-        dispatch.choose("for_tpu", "cpu")
+@pytest.mark.parametrize(
+    ("name", "platform"), [("cudnn", "cpu"), ("pallas_tpu", "gpu"), ("splash", "gpu")]
+)
+def test_an_implementation_that_the_device_lacks(name, platform):
+    with pytest.raises(UserError, match=f"is {name}, which runs on .*has {platform}: use auto"):
+        dispatch.choose(name, platform)
+
+
+def test_kernels_run_on_a_cpu_by_the_interpreter():
+    q = jnp.ones((1, 1, 2, 3, 4))
+    for name in ("pallas_tpu", "pallas_gpu"):
+        out, _ = dispatch.choose(name, "cpu")(q, q, q, np.eye(2, dtype=bool))
+        close(out, q)
+
+
+def test_what_a_library_cannot_do_is_done_by_auto():
+    """A cache beside splash: the same as by the reference."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 2, 4, 8))
+    own = dispatch.keep_static(np.eye(2, dtype=bool))
+    parts = [(k, v, own, None), (k[None], v[None], jnp.ones((2, 2), bool), jnp.int32(0))]
+    close(dispatch.attend("splash", q, parts), dispatch.attend("reference", q, parts))
