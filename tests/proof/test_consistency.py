@@ -2,7 +2,7 @@
 
 Every loss here is the library's. At the loss's minimum student and target agree for every draw, so
 there is no noise left in the gradient and the error of the training can be driven below that of the
-solver: 24 Heun steps on the unshifted grid, 0.2 % at sigma = 1.
+solver, 16 Heun steps on the unshifted grid: 0.4 % at sigma = 1.
 """
 
 import jax
@@ -18,9 +18,9 @@ from tests.proof import experiments
 pytestmark = pytest.mark.usefixtures("float64")
 
 WORLD = linear_gaussian.example()
-N = 24
+N = 16
 GRID = np.asarray(flow.grid(N, 1.0), np.float64)
-SETTINGS = dict(steps=2000, every=2000, size=64, rate=0.03)
+SETTINGS = dict(steps=1200, every=1200, size=64, rate=0.03)
 
 
 def distilled(student, levels, scale):
