@@ -33,6 +33,11 @@ from cfpp.models.network import Condition
 Map = Callable[[jax.Array, jax.Array], jax.Array]  # (x_sigma, sigma) -> x at another level
 
 
+def _noised(variance, sigma):
+    """The variance of x_sigma along a direction in which that of x0 is `variance`."""
+    return jnp.square(1 - sigma) * variance + jnp.square(sigma)
+
+
 class Gaussian(flax.struct.PyTreeNode):
     """Normal laws of n values, one or a batch.
 
@@ -46,13 +51,13 @@ class Gaussian(flax.struct.PyTreeNode):
 
     def velocity(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """Equation (2): E[noise - x0 | x_sigma = x], for x `[..., n]` and sigma `[...]`."""
-        ratio = lambda values, s: (s - (1 - s) * values) / self._noised(values, s)
+        ratio = lambda values, s: (s - (1 - s) * values) / _noised(values, s)
         return self._apply(ratio, x, sigma) - self.mean
 
     def flow(self, x: jax.Array, sigma: jax.Array, sigma_next: jax.Array = 0.0) -> jax.Array:
         """Equation (3): where the ODE carries x `[..., n]` from `sigma` to `sigma_next`."""
         level = jnp.asarray(sigma_next)[..., None]
-        ratio = lambda values, s: jnp.sqrt(self._noised(values, level) / self._noised(values, s))
+        ratio = lambda values, s: jnp.sqrt(_noised(values, level) / _noised(values, s))
         return self._apply(ratio, x, sigma) + (1 - level) * self.mean
 
     def given(self, known: int, values: jax.Array) -> "Gaussian":
@@ -75,9 +80,6 @@ class Gaussian(flax.struct.PyTreeNode):
         identity = jnp.eye(self.mean.shape[-1])
         cov = jnp.square(1 - sigma) * self.covariance + jnp.square(sigma) * identity
         return Gaussian((1 - sigma) * self.mean, cov)
-
-    def _noised(self, values, sigma):
-        return jnp.square(1 - sigma) * values + jnp.square(sigma)
 
     def _apply(self, ratio, x, sigma):
         """g(C) (x - (1 - sigma) m), for g = `ratio` of the eigenvalues."""
@@ -183,7 +185,7 @@ def regression(law: Gaussian, sigma: float, frame: int, size: int) -> tuple[Affi
     values, vectors = jnp.linalg.eigh(law.covariance)
     spectral = lambda scale: (vectors * scale) @ vectors.T
     clean = spectral(jnp.sqrt(values))  # of e
-    noisy = spectral(jnp.sqrt(law._noised(values, sigma)))
+    noisy = spectral(jnp.sqrt(_noised(values, sigma)))
     history, own = np.s_[: frame * size], np.s_[frame * size : (frame + 1) * size]
     seen = jnp.concatenate([noisy[own], clean[history]])
     gain = jnp.linalg.solve(seen @ seen.T, seen @ clean[own].T).T
@@ -312,15 +314,21 @@ class World:
         return lambda x, sigma: fn(x.reshape(len(x), -1), sigma[:, 0]).reshape(x.shape)
 
 
-def example() -> World:
-    """The world of `docs/proof.md`: frames of 1 x 2 pixels and 2 channels, three actions.
+def example(pixels: int = 2) -> World:
+    """The world of `docs/proof.md`: frames of 1 x `pixels` pixels, 1 or 2, of 2 channels.
 
-    A turns and couples the four values and shrinks them by 0.8 or so; S has standard deviations
-    from 0.2 to 0.8 along directions oblique to the axes.
+    A turns and couples the values and shrinks them by 0.8 or so; S has standard deviations from 0.2
+    to 0.8 (0.2 and 0.6 for one pixel) along directions oblique to the axes. There are three
+    actions: pushes along one direction, back and forth, and none.
     """
     turn = lambda angle: np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    transition = 0.8 * np.kron(np.array([[1.0, 0.3], [0.0, 0.9]]), turn(0.5))
-    axes = np.kron(turn(0.4), turn(0.9))
-    covariance = (axes * np.square([0.2, 0.4, 0.6, 0.8])) @ axes.T
-    push = np.array([0.6, -0.3, 0.0, 0.5])
-    return World(transition, np.outer([-1.0, 0.0, 1.0], push), covariance, (1, 2, 2))
+    coupling = np.array([[1.0, 0.3], [0.0, 0.9]])[:pixels, :pixels]
+    axes = np.kron(turn(0.4) if pixels == 2 else np.eye(1), turn(0.9))
+    deviations = np.array([0.2, 0.4, 0.6, 0.8])[:: 3 - pixels]
+    push = np.array([0.6, -0.3, 0.0, 0.5])[: 2 * pixels]
+    return World(
+        0.8 * np.kron(coupling, turn(0.5)),
+        np.outer([-1.0, 0.0, 1.0], push),
+        (axes * np.square(deviations)) @ axes.T,
+        (1, pixels, 2),
+    )

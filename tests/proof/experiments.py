@@ -202,3 +202,11 @@ def within_standard_errors(samples, expected, errors=5.0):
     mean, spread = np.mean(samples, 0), np.std(samples, 0)
     deviation = np.abs(mean - expected) / (spread / np.sqrt(len(samples)) + 1e-12)
     assert deviation.max() < errors, f"{deviation.max():.1f} standard errors"
+
+
+def has_law(x, law):
+    """Samples `[M, ...]` have the mean and the covariance of a Gaussian."""
+    x = np.asarray(x).reshape(len(x), -1)
+    within_standard_errors(x, law.mean)
+    centred = x - law.mean
+    within_standard_errors(centred[:, :, None] * centred[:, None], law.covariance)

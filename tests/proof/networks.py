@@ -1,6 +1,5 @@
 """The library's DiT trained through its stages on clips of the linear-Gaussian world."""
 
-import functools
 import importlib
 
 import flax.linen as nn
@@ -9,16 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfpp import stages
-from cfpp.data.linear_gaussian import World
+from cfpp.data import linear_gaussian
+from cfpp.data.linear_gaussian import Gaussian, World
 from cfpp.models.network import Network
 from cfpp.rollout import generate
+from cfpp.stages import ode
 from configs import common
 from tests.proof.experiments import FRAMES, batch
 
 JOBS = {"ar_diffusion": "stage1", "consistency": "stage2", "ode": "stage2_ode", "dmd": "stage3"}
 
 
-def config_of(world: World, stage: str, steps: int, rate: float, **fields):
+def config_of(world: World, stage: str, steps: int, optimizer, **fields):
     """A stage's config, its network shrunk to fit the world."""
     config = importlib.import_module(f"configs.{JOBS[stage]}").get_config()
     config.steps = steps
@@ -28,34 +29,27 @@ def config_of(world: World, stage: str, steps: int, rate: float, **fields):
     config.model.update({"height": height, "width": width, "channels": channels, "patch": 1})
     config.model.update({"dim": 64, "ffn_dim": 128, "heads": 2, "layers": 2, "unroll": 2})
     config.model.frequency_dim = 64
-    config.optimizer = common.optimizer("adamw", rate)
+    config.optimizer = optimizer
     config.shift = 1.0
     config.update(fields)
     return config
 
 
-def train(world: World, config, parents, size: int, seed: int = 0, every: int = 100):
-    """Runs a stage over fresh clips; returns its averaged parameters and its mean losses."""
+def train(world: World, config, parents, size: int, seed: int = 0):
+    """Runs a stage over fresh clips in one compiled loop; returns its averaged parameters."""
     stage = stages.build(config)
     state = nn.meta.unbox(jax.jit(stage.init)(jax.random.key(seed), parents))
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def stretch(state, rng):
+    @jax.jit
+    def run(state, rng):
         def step(state, rng):
             data_rng, step_rng = jax.random.split(rng)
             clips, condition = batch(world, data_rng, size)
-            state, metrics = stage.step(state, {"video": clips} | condition, step_rng)
-            return state, metrics["loss"]
+            return stage.step(state, {"video": clips} | condition, step_rng)[0], None
 
-        state, loss = jax.lax.scan(step, state, jax.random.split(rng, every))
-        return state, jnp.mean(loss)
+        return jax.lax.scan(step, state, jax.random.split(rng, config.steps))[0]
 
-    state = jax.tree.map(jnp.copy, state)  # parents, parameters and average may share buffers
-    losses = []
-    for rng in jax.random.split(jax.random.key(seed + 1), config.steps // every):
-        state, loss = stretch(state, rng)
-        losses.append(float(loss))
-    return state.ema, losses
+    return run(state, jax.random.key(seed + 1)).ema
 
 
 def rollouts(config, params, sampler, actions, size: int, seed: int = 0) -> np.ndarray:
@@ -99,21 +93,40 @@ def deviations(clips: np.ndarray, law) -> dict[str, np.ndarray]:
     }
 
 
+def solved(world: World, actions, grid: np.ndarray) -> Gaussian:
+    """The law of clips that the exact causal teacher makes by Euler's method on `grid`.
+
+    From noise the solver adds the mean exactly, as that moves on a straight line; the rest of a
+    frame's law is what the solver makes of unit vectors.
+    """
+    unit = jnp.eye(world.size)[:, None]
+    frames = []
+    for i, action in enumerate(actions):
+        law = world.conditional(i, action)
+        centred = Gaussian(jnp.zeros(world.size), law.covariance)
+        root = ode.trajectory(centred.velocity, unit, jnp.asarray(grid))[-1][:, 0]
+        frames.append(law._replace(covariance=root.T @ root))
+    return linear_gaussian.chain(frames)
+
+
 def recipe(world: World, actions, size: int = 64, clips: int = 8192) -> dict[str, np.ndarray]:
     """Stages 1, 2 and 3 from nothing; clips `[clips, F, D]` of each stage's model by name.
 
     The teacher takes 48 Euler steps a frame; students the 2 that stage 3 trains them for, and 1.
     """
-    teacher = config_of(world, "ar_diffusion", 4000, 3e-3)
-    student = config_of(world, "consistency", 1000, 1e-3, grid_steps=24, solver="heun")
-    final = config_of(world, "dmd", 200, 1e-4, given=0)
-    final.critic_optimizer.rate = 2e-4
+    teacher = config_of(world, "ar_diffusion", 2500, common.muon(0.02, 2e-3), draws=4)
+    student = config_of(world, "consistency", 800, common.muon(0.005, 5e-4), draws=2)
+    student.update({"grid_steps": 24, "solver": "heun"})
+    final = config_of(world, "dmd", 150, common.optimizer("adamw", 1e-4), given=0)
+    for config in (teacher, student):
+        config.optimizer.final_rate = 0.01
+    final.optimizer.b1 = 0.0
     trained = {}
-    trained["teacher"], _ = train(world, teacher, {}, size)
-    trained["CD"], _ = train(world, student, {"teacher": trained["teacher"]}, size)
+    trained["teacher"] = train(world, teacher, {}, size)
+    trained["CD"] = train(world, student, {"teacher": trained["teacher"]}, size)
     parents = {"student": trained["CD"], "real": trained["teacher"]}
-    trained["DMD"], _ = train(world, final, parents, size, every=50)
-    few = {f"{k} steps": generate.consistency(k, 1.0) for k in (1, 2)}
+    trained["DMD"] = train(world, final, parents, size)
+    few = {f"{k} step" + "s" * (k > 1): generate.consistency(k, 1.0) for k in (1, 2)}
     samplers = {"teacher": {"48 steps": generate.euler(48, 1.0)}, "CD": few, "DMD": few}
     return {
         f"{name}, {steps}": rollouts(teacher, params, sampler, actions, clips)

@@ -14,7 +14,7 @@ from cfpp import flow
 from cfpp.data import linear_gaussian
 from cfpp.data.linear_gaussian import Affine, Gaussian
 from tests.proof import experiments
-from tests.proof.experiments import ACTIONS, FRAMES, within_standard_errors
+from tests.proof.experiments import ACTIONS, FRAMES, has_law, within_standard_errors
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -25,14 +25,6 @@ SIZE = WORLD.size
 def clips(batch, seed=0):
     actions = jnp.tile(ACTIONS, (batch, 1))
     return WORLD.sample(jax.random.key(seed), actions), {"actions": actions}
-
-
-def has_law(x, law):
-    """Samples `[M, ...]` have the mean and the covariance of a Gaussian."""
-    x = np.asarray(x).reshape(len(x), -1)
-    within_standard_errors(x, law.mean)
-    centred = x - law.mean
-    within_standard_errors(centred[:, :, None] * centred[:, None], law.covariance)
 
 
 @pytest.mark.parametrize("kind", ["teacher_forced", "bidirectional"])
