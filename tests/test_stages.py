@@ -12,6 +12,7 @@ from cfpp import flow, stages
 from cfpp.attention.pattern import Pattern
 from cfpp.models.network import Network
 from cfpp.stages import consistency, dmd, ode
+from cfpp.stages.stage import clip
 from tests import tiny
 
 CONFIGS = {
@@ -120,6 +121,14 @@ def test_configs_that_cannot_be(stage, fields, message):
     config.update_from_flattened_dict(fields)
     with pytest.raises(ValueError, match=message):
         stages.build(config)
+
+
+def test_clips_of_floats_are_latents_already():
+    video = np.array([0, 255], np.uint8).reshape(1, 2, 1, 1, 1)
+    latents, condition = clip({"video": jnp.asarray(video), "actions": jnp.zeros((1, 2), int)})
+    np.testing.assert_array_equal(latents.ravel(), [-1, 1])
+    assert set(condition) == {"actions"}
+    np.testing.assert_array_equal(clip({"video": 3 * latents})[0], 3 * latents)
 
 
 @pytest.mark.parametrize("frames_changed", [2, 4])
