@@ -31,7 +31,7 @@ def test_law_of_a_solver():
     """Against the exact teacher rolled out by Euler's method."""
     with jax.enable_x64(True):
         grid = jnp.asarray(flow.grid(5, 1.0), float)
-        size, frames = 20000, 3
+        size, frames = 4000, 3
         condition = {"actions": jnp.tile(ACTIONS[:frames], (size, 1))}
         clips = jnp.zeros((size, frames, *WORLD.shape))
         noise = jax.random.normal(jax.random.key(0), clips.shape)
