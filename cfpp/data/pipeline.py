@@ -1,11 +1,13 @@
 """The input pipeline: shuffled random windows of episodes, in batches, by Grain.
 
 Everything is a pure function of (seed, position): the order of the episodes, the windows and so
-every batch. The global batch is the same for any number of processes; each takes every
-`process_count`-th of its elements. An iterator's state is its position, a number.
+every batch. The global batch is the same for any number of processes; each reads only the rows that
+its devices need. An iterator's state is its position, a number, the same in all processes.
 """
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 
 import grain
 import jax
@@ -24,8 +26,7 @@ def train_batches(
     data_config: ml_collections.ConfigDict,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
     """Batches without end for one process.
 
@@ -33,32 +34,44 @@ def train_batches(
       data_config: the data part of the configuration; the dataset must be prepared.
       batch_size: of the whole batch, over all processes.
       seed: of the order and the windows.
-      process_index: of this process.
-      process_count: number of processes.
+      rows: those of each batch that this process needs, in this order; all of them if None.
 
     Returns:
-      An iterator of {'video': uint8 [B, F, H, W, 3], 'actions': int32 [B, F]}, with B = batch_size
-      / process_count and F = data_config.frames. After `set_state(s)`, with s from `get_state()`,
+      An iterator of {'video': uint8 [B, F, H, W, 3], 'actions': int32 [B, F]}, with B rows and F =
+      data_config.frames. After `set_state(s)`, with s from `get_state()`,
       the very next batch comes, whatever the number of workers then and now.
 
     Raises:
       UserError: if the dataset cannot be read; while iterating, if a record cannot.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size is {batch_size}; give a positive multiple of the number of processes, "
-            f"{process_count}"
-        )
-    batches = (
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+    windows = (
         grain.MapDataset.source(sources.open_split(data_config, "train"))
         .seed(seed % 2**32)
         .shuffle()
         .repeat()
         .random_map(functools.partial(_window, data_config=data_config))
-        .slice(slice(process_index, None, process_count))
-        .batch(batch_size // process_count)
     )
+    rows = range(batch_size) if rows is None else tuple(rows)
+    batches = grain.MapDataset.source(_Rows(windows, batch_size, rows)).batch(len(rows))
     return _BatchIterator(batches, data_config.workers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Some rows of each batch, one after another; a sequence."""
+
+    windows: Sequence
+    batch_size: int
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.windows) // self.batch_size * len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        batch, row = divmod(index, len(self.rows))
+        return self.windows[batch * self.batch_size + self.rows[row]]
 
 
 class _BatchIterator(grain.DatasetIterator):
