@@ -25,6 +25,10 @@ from cfpp.errors import UserError, exit_on_user_error
 config_flags.DEFINE_config_file("config", help_string="Path of the configuration, maybe with :ARG.")
 flags.DEFINE_string("workdir", None, "Working directory; made if missing.")
 flags.DEFINE_bool("profile", False, "Record some steps for TensorBoard's profiler.")
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where there are several.")
+flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+flags.DEFINE_float("join_timeout", 300.0, "Seconds that processes may take to come together.")
 
 Config = ml_collections.ConfigDict
 
@@ -133,6 +137,7 @@ def run(config: Config, workdir: str, profile: bool = False) -> None:
     Raises:
       UserError: whatever the user can mend.
     """
+    from cfpp.parallel import hosts
     from cfpp.train import checkpoint, loop
     from cfpp.train import workdir as workdirs
 
@@ -157,7 +162,9 @@ def run(config: Config, workdir: str, profile: bool = False) -> None:
             return
         from cfpp import evaluate
 
-        evaluate.run(config, workdir)
+        if hosts.is_first():
+            evaluate.run(config, workdir)
+        hosts.meet("evaluated")
 
 
 def _absolute(config: Config, inside: bool = False) -> Config:
@@ -192,7 +199,16 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:  # Orbax tells much of itself
         logging.set_verbosity(logging.WARNING)
     signal.signal(signal.SIGTERM, _leave)  # while there is nothing to save
-    run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.profile)
+    from cfpp.parallel import hosts
+
+    hosts.join(
+        flags.FLAGS.coordinator_address,
+        flags.FLAGS.num_processes,
+        flags.FLAGS.process_id,
+        flags.FLAGS.join_timeout,
+    )
+    with hosts.ending_together():
+        run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.profile)
 
 
 if __name__ == "__main__":

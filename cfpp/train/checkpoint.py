@@ -29,8 +29,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from cfpp.errors import UserError
+from cfpp.parallel import hosts
 from cfpp.train import shapes
 from cfpp.train import workdir as workdirs
 
@@ -74,7 +76,7 @@ class Checkpoints:
             item_handlers={
                 MODEL: ocp.StandardCheckpointHandler(),
                 STATE: ocp.StandardCheckpointHandler(),
-                DATA: grain.checkpoint.CheckpointHandler(),
+                DATA: ocp.JsonCheckpointHandler(),
                 FINGERPRINT: ocp.JsonCheckpointHandler(),
             },
         )
@@ -97,9 +99,11 @@ class Checkpoints:
         if found is None:
             return None
         newest, state = found
-        for step in steps(self.directory):
-            if step > newest:
-                _put_aside(self.directory / str(step))
+        if hosts.is_first():
+            for step in steps(self.directory):
+                if step > newest:
+                    _put_aside(self.directory / str(step))
+        hosts.meet("restored")
         self._manager.reload()
         return state
 
@@ -123,7 +127,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(state.ema),
                     state=ocp.args.StandardSave(_without_ema(state)),
-                    data=grain.checkpoint.CheckpointSave(data),
+                    data=ocp.args.JsonSave(data.get_state()),
                     fingerprint=ocp.args.JsonSave(fingerprint),
                 ),
             )
@@ -156,12 +160,13 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     model=ocp.args.StandardRestore(wanted[MODEL]),
                     state=ocp.args.StandardRestore(wanted[STATE]),
-                    data=grain.checkpoint.CheckpointRestore(data),
+                    data=ocp.args.JsonRestore(),
                     fingerprint=ocp.args.JsonRestore(),
                 ),
             )
             state = template.replace(ema=restored[MODEL], **restored[STATE])
             _check_fingerprint(inspect(state)[1], restored[FINGERPRINT])
+            data.set_state(restored[DATA])
         return state
 
 
@@ -174,15 +179,27 @@ def inspect(state: Tree) -> tuple[bool, dict[str, int]]:
     """
     items = {MODEL: state.ema, STATE: _without_ema(state)}
     # On the host: compiling a sum for every shape takes seconds, and saving copies it all anyway.
-    floats = (x for x in jax.tree.leaves(items) if jnp.issubdtype(x.dtype, jnp.inexact))
-    finite = all(np.all(np.isfinite(np.asarray(x))) for x in floats)
-    return finite, {name: _sum_of_bits(item) for name, item in items.items()}
+    floats = (x for x in _pieces(items) if jnp.issubdtype(x.dtype, jnp.inexact))
+    finite = all(np.all(np.isfinite(x)) for x in floats)
+    everywhere = not _total(0 if finite else 1)
+    return everywhere, {name: _sum_of_bits(item) for name, item in items.items()}
 
 
 def _sum_of_bits(tree: Tree) -> int:
-    leaves = (np.asarray(leaf) for leaf in jax.tree.leaves(tree))
-    sums = (np.sum(x.view(f"uint{8 * x.dtype.itemsize}"), dtype=np.uint32) for x in leaves)
-    return sum(map(int, sums)) % 2**32
+    sums = (np.sum(x.view(f"uint{8 * x.dtype.itemsize}"), dtype=np.uint32) for x in _pieces(tree))
+    return _total(sum(map(int, sums)))
+
+
+def _pieces(tree: Tree) -> Iterator[np.ndarray]:
+    """The parts of all arrays; over all processes, each part once."""
+    for leaf in jax.tree.leaves(tree):
+        yield from (np.asarray(x.data) for x in leaf.addressable_shards if x.replica_id == 0)
+
+
+def _total(number: int) -> int:
+    """The sum over all processes, modulo 2**32."""
+    numbers = multihost_utils.process_allgather(np.uint32(number % 2**32))
+    return int(np.sum(numbers, dtype=np.uint32))
 
 
 def _check_fingerprint(found: dict[str, int], wanted: dict[str, int]) -> None:

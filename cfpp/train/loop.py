@@ -12,12 +12,13 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cfpp import stages
 from cfpp.data import pipeline, sources
 from cfpp.errors import UserError
-from cfpp.parallel import mesh
+from cfpp.parallel import hosts, mesh
 from cfpp.train import checkpoint, metrics, program, shapes
 from cfpp.train import workdir as workdirs
 from cfpp.train.samples import samples
@@ -75,9 +76,12 @@ def train(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.disk_faults(workdir, "mend that, then start again"))
-        sources.prepare(config.data)
+        hosts.one_after_another(lambda: sources.prepare(config.data))
         data = pipeline.train_batches(
-            config.data, config.batch_size, config.seed, jax.process_index(), jax.process_count()
+            config.data,
+            config.batch_size,
+            config.seed,
+            hosts.rows(programs.batch, config.batch_size),
         )
         stack.enter_context(contextlib.closing(data))  # ends its workers
 
@@ -90,7 +94,7 @@ def train(
             state = programs.init(loaded)
         start = int(state.step)
 
-        writer = stack.enter_context(contextlib.closing(metrics.Writer(workdir, start)))
+        writer = stack.enter_context(contextlib.closing(metrics.writer(workdir, start)))
         progress = metrics.Progress(config.stage, config.steps, start)
         announce(state, progress, writer)
         profiler = profiler_of_steps(workdir, start) if profile else lambda step: None
@@ -100,7 +104,10 @@ def train(
 
         for step in range(start + 1, config.steps + 1):  # steps done, once this one is
             batch = jax.tree.map(
-                lambda x: jax.make_array_from_process_local_data(programs.batch, x), next(data)
+                lambda x: jax.make_array_from_process_local_data(
+                    programs.batch, x, (config.batch_size, *x.shape[1:])
+                ),
+                next(data),
             )
             state, step_metrics = programs.step(state, batch)
             recent.append(step_metrics)
@@ -110,7 +117,7 @@ def train(
             progress.step(step)
             profiler(step)
 
-            is_last = step == config.steps or interrupted()
+            is_last = interrupted(step) or step == config.steps
             is_saved = is_last or step % config.save_every == 0
             if is_saved or step % config.log_every == 0:
                 fetched = jax.device_get(recent)
@@ -279,12 +286,18 @@ def profiler_of_steps(workdir: epath.Path, start: int) -> Callable[[int], Any]:
 
 
 @contextlib.contextmanager
-def termination() -> Iterator[Callable[[], bool]]:
-    """While open, SIGTERM only sets what the yielded function returns."""
+def termination() -> Iterator[Callable[[int], bool]]:
+    """While open, SIGTERM only sets what the yielded function returns for a step.
+
+    Several processes agree on a step, whichever of them it was sent to: JAX catches the signal.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
     try:
-        yield lambda: bool(received)
+        yield lambda step: bool(received)
     finally:
         signal.signal(signal.SIGTERM, before)
 

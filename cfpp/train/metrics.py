@@ -11,6 +11,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from cfpp.parallel import hosts
+
+
+def writer(workdir: epath.PathLike, first_step: int) -> "Writer":
+    """A `Writer` in the first process; in the others one that does nothing."""
+    return Writer(workdir, first_step) if hosts.is_first() else _Silence()
+
 
 class Writer:
     """Writes to `metrics.jsonl` and, where TensorFlow is installed, to TensorBoard.
@@ -62,6 +69,13 @@ class Writer:
             self._tensorboard.close()
 
 
+class _Silence:
+    """Has a writer's methods, which do nothing."""
+
+    def __getattr__(self, name: str):
+        return lambda *_: None
+
+
 def _rows_until(last_step: int, text: str) -> list[str]:
     rows = []
     for line in text.splitlines(keepends=True):
@@ -97,10 +111,10 @@ class Progress:
           name: shown first.
           steps: at the end of the run.
           first_step: steps done before this start.
-          out: where to write; stdout if None.
+          out: where to write; if None, stdout in the first process and nowhere in others.
         """
         self.name, self._steps = name, steps
-        self._out = out or sys.stdout
+        self._out = out or (sys.stdout if hosts.is_first() else open(os.devnull, "w"))
         self._first_step, self._mark = first_step, None  # (step, time) of the last log
         self._rate = self._loss = None
         self._written, self._width = 0.0, 0

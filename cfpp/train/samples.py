@@ -4,10 +4,12 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from cfpp import media
 from cfpp.data import pipeline
 from cfpp.models.network import Network
+from cfpp.parallel import hosts
 from cfpp.rollout import generate
 from cfpp.stages import State
 from cfpp.train.metrics import Writer
@@ -44,7 +46,10 @@ def samples(
         video = generate.bidirectional_clip(network, state.ema, context, condition, rng, sampler)
     else:
         video = generate.for_stage(config).clip(state.ema, context, condition, rng)
-    video = np.concatenate([context, np.asarray(video)], 1)
+    video = multihost_utils.process_allgather(video, tiled=True)
+    if not hosts.is_first():
+        return
+    video = np.concatenate([context, video], 1)
 
     rows = np.stack([clips["video"], video], 1)  # [clips, truth | model, F, H, W, 3]
     sheet = media.tile(rows.reshape(-1, 1, *video.shape[2:]), config.data.frames)[0]

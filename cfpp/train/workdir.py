@@ -12,6 +12,7 @@ from etils import epath
 from flax import traverse_util
 
 from cfpp.errors import UserError
+from cfpp.parallel import hosts
 
 # Fields of a stage that may change between the starts of a run, since no step depends on them.
 # `steps` may grow, but not in a job of several stages: others have started from this one.
@@ -74,8 +75,10 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
                 f"{workdir} has checkpoints but no config.json: restore that file, or choose "
                 "another --workdir"
             )
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_config(config, workdir)
+        if hosts.is_first():
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_config(config, workdir)
+    hosts.meet("claimed")
 
 
 def write_config(config: ml_collections.ConfigDict, folder: epath.Path) -> None:

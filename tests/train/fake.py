@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from cfpp.errors import exit_on_user_error
+from cfpp.parallel import hosts
 from cfpp.stages import Stage, State
 from cfpp.train import shapes
 
@@ -91,10 +92,11 @@ def build(config: ml_collections.ConfigDict) -> Stage:
     return Stage(init, step, optional=("teacher",))
 
 
-def train_batches(data_config, batch_size, seed, process_index=0, process_count=1):
+def train_batches(data_config, batch_size, seed, rows=None):
     def batch(index):
         rng = np.random.default_rng(index)
-        return {"video": rng.integers(0, 256, (batch_size, DIM[0]), np.uint8)}
+        video = rng.integers(0, 256, (batch_size, DIM[0]), np.uint8)
+        return {"video": video if rows is None else video[rows]}
 
     dataset = grain.MapDataset.range(1000).shuffle(seed=seed).repeat().map(batch)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1)))
@@ -120,5 +122,8 @@ if __name__ == "__main__":
     dim = changes.pop("dim", 8)
     for patch in patches(dim):
         patch.start()
+    hosts.GRACE = 0.5
     with exit_on_user_error():
-        loop.train(config(model={"dim": dim}, **changes), sys.argv[1])
+        hosts.join(timeout=10)
+        with hosts.ending_together():
+            loop.train(config(model={"dim": dim}, **changes), sys.argv[1])

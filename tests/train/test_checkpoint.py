@@ -69,7 +69,7 @@ def flip_a_bit(path):
         ("state", None, flip_a_bit),
         ("model", None, flip_a_bit),
         ("model", "manifest.ocdbt", os.remove),
-        ("data", "process_0-of-1.json", truncate),
+        ("data", "metadata", truncate),
         (".", "state", shutil.rmtree),
     ],
 )

@@ -1,0 +1,264 @@
+"""Several processes, one job: how they find each other, and how they end together.
+
+On a TPU pod and in a step of Slurm JAX finds the others itself. Elsewhere every process is told
+where process 0 is, how many there are and which one it is. They call the roll before JAX starts,
+since what is wrong then JAX tells by an abort. The connections stay open: whoever dies is missed at
+once, where JAX's own heartbeat lets the others wait in a collective for 100 s.
+"""
+
+import atexit
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from cfpp.errors import UserError
+
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+# Seconds for which a process that hears of another's error waits for its own: most errors are made
+# by all, and each should tell its own.
+GRACE = 5.0
+
+# Lines between processes: these, or an exit code and the error for which the sender ends.
+PRESENT, FAREWELL = "present", "farewell"
+
+_others: dict[int, socket.socket] = {}  # of process 0: all; of the rest: process 0
+_ending = threading.Lock()  # taken once, by the thread that ends this process
+
+
+def join(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: float = 300.0,
+) -> None:
+    """Joins the other processes of the job, if there are any; JAX must not have been used yet.
+
+    Without arguments they are those of the environment (`VARIABLES`), of Slurm or of a TPU pod;
+    without those, this process is alone.
+
+    Args:
+      coordinator_address: HOST:PORT of process 0; the port must be free there.
+      num_processes: how many there are.
+      process_id: which of them this is, from 0.
+      timeout: seconds that they may take to come.
+
+    Raises:
+      UserError: what was given is incomplete or out of range, or some process does not come.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    if all(value is None for value in given):
+        given = tuple(os.environ.get(name) for name in VARIABLES)
+    if all(value is None for value in given):
+        if _found_by_jax():
+            with contextlib.suppress(ValueError, OSError):  # a TPU VM that is in no pod
+                jax.distributed.initialize(initialization_timeout=int(timeout))
+        return
+    address, count, index = _check(*given)
+    if count == 1:
+        return
+    if index == 0:
+        _others.update(_call_roll(address, count, timeout))
+    else:
+        _others[0] = _answer_roll(address, count, index, timeout)
+    jax.distributed.initialize(
+        "{}:{}".format(*address), count, index, initialization_timeout=int(timeout)
+    )
+    _watch()
+    atexit.register(_tell, FAREWELL)
+
+
+def _found_by_jax() -> bool:
+    """Whether this is one of several tasks of a Slurm step, or a TPU VM.
+
+    JAX sets TPU_SKIP_MDS_QUERY, at import, where there are no TPU chips.
+    """
+    is_step = "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
+    return is_step or "TPU_SKIP_MDS_QUERY" not in os.environ
+
+
+def _check(address, count, index) -> tuple[tuple[str, int], int, int]:
+    names = ("coordinator_address", "num_processes", "process_id")
+    for name, variable, value in zip(names, VARIABLES, (address, count, index), strict=True):
+        if value is None:
+            raise UserError(f"give --{name} (or {variable}) too: all of --{', --'.join(names)}")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"the coordinator's address is {address!r}; give HOST:PORT of process 0")
+    try:
+        count, index = int(count), int(index)
+    except ValueError:
+        raise UserError(f"process {index!r} of {count!r}; give numbers") from None
+    if not 0 <= index < count:
+        raise UserError(f"process {index} of {count}: give a number from 0 to {count - 1}")
+    return (host, int(port)), count, index
+
+
+def _call_roll(address: tuple[str, int], count: int, timeout: float) -> dict[int, socket.socket]:
+    """Waits, in process 0, for all the others; returns their connections."""
+    deadline = time.monotonic() + timeout
+    present, arrived, fault = {}, [], None
+    try:
+        server = socket.create_server(("", address[1]), backlog=count)
+    except OSError as error:
+        raise UserError(f"cannot listen on port {address[1]}: {error.strerror}") from error
+    with server:
+        while len(present) < count - 1 and not fault:
+            server.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                missing = ", ".join(str(i) for i in range(1, count) if i not in present)
+                fault = f"of {count} processes, {missing} did not come within {timeout:g} s"
+                break
+            arrived.append(connection)
+            index, theirs = map(int, _receive(connection, timeout).split() or (-1, -1))
+            if index < 0:
+                continue  # gone again
+            if theirs != count:
+                fault = f"process {index} counts {theirs} processes, process 0 counts {count}"
+            elif index in present or index == 0:
+                fault = f"there are two processes with the number {index}"
+            present[index] = connection
+    for connection in arrived:
+        _send(connection, fault or PRESENT)
+    if fault:
+        raise UserError(f"{fault}; start all with the same number of processes, numbered from 0")
+    return present
+
+
+def _answer_roll(address: tuple[str, int], count: int, index: int, timeout: float) -> socket.socket:
+    """Reports to process 0 and waits until all have; returns the connection."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            connection = socket.create_connection(address, max(deadline - time.monotonic(), 1))
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    "the coordinator, process 0, cannot be reached at {}:{} within {:g} s: {}; "
+                    "is it running there?".format(*address, timeout, error.strerror or error)
+                ) from error
+            time.sleep(0.1)
+    _send(connection, f"{index} {count}")
+    reply = _receive(connection, timeout)
+    if reply != PRESENT:
+        raise UserError(reply or "process 0 ended while the processes were coming together")
+    connection.settimeout(None)
+    return connection
+
+
+def _send(connection: socket.socket, line: str) -> None:
+    with contextlib.suppress(OSError):  # its end is told where it is read from
+        connection.sendall(f"{line}\n".encode())
+
+
+def _receive(connection: socket.socket, timeout: float | None) -> str:
+    """The next line; '' once the other end is closed."""
+    connection.settimeout(timeout)
+    line = b""
+    try:
+        while not line.endswith(b"\n"):
+            part = connection.recv(1)
+            if not part:
+                return ""
+            line += part
+    except OSError:
+        return ""
+    return line.decode().strip()
+
+
+def _tell(line: str) -> None:
+    for connection in _others.values():
+        _send(connection, line)
+
+
+def _watch() -> None:
+    """Ends this process when another one ends otherwise than by coming to its end."""
+
+    def follow(index, connection):
+        line = _receive(connection, None)
+        code, _, error = line.partition(" ")
+        if line == FAREWELL:
+            return
+        if code == "2":
+            time.sleep(GRACE)
+        if not line:
+            error = (
+                f"process {index} has ended, so this one stops too; start the job again, and it "
+                "goes on from its last checkpoint"
+            )
+        _end(error, int(code or 1))
+
+    for index, connection in _others.items():
+        threading.Thread(target=follow, args=(index, connection), daemon=True).start()
+
+
+def _end(error: str, code: int) -> NoReturn:
+    """Tells why, and ends the process without JAX's farewell, which would wait for the others."""
+    with _ending:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        _tell(f"{code} {error}")
+        if 0 not in _others:  # process 0: when it is gone, JAX aborts the others
+            deadline = time.monotonic() + 2 * GRACE
+            for connection in _others.values():
+                while _receive(connection, max(deadline - time.monotonic(), 0.001)):
+                    pass
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Where there are other processes, an error ends this one at once, and them.
+
+    Left to itself, Python would wait at the end for all processes to come there.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, UserError):
+            _end(str(error), 2)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            time.sleep(1)  # the end of another process may be the cause, and is told meanwhile
+        traceback.print_exc()
+        name = type(error).__name__
+        _end(f"process {jax.process_index()} stopped at a {name}, shown in its output", 1)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and talks for all."""
+    return jax.process_index() == 0
+
+
+def meet(where: str) -> None:
+    """Returns once all processes are here; `where` is the same in all of them."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def one_after_another(action: Callable[[], object]) -> None:
+    """Lets each process act in its turn, first the first: what it leaves on a disk others find."""
+    for index in range(jax.process_count()):
+        if index == jax.process_index():
+            action()
+        meet(f"turn {index}")
+
+
+def rows(sharding: Sharding, size: int) -> list[int]:
+    """The rows of an array with `size` rows that this process's devices hold, in order."""
+    parts = sharding.addressable_devices_indices_map((size,)).values()
+    return sorted({row for (part,) in parts for row in range(*part.indices(size))})

@@ -1,0 +1,136 @@
+"""Runs jobs of one and of two processes, kills some of them, and writes down what came of it.
+
+    python -m tests.parallel.several FOLDER
+
+Each process is a fork of this one, which has the modules but no device yet: seconds saved each.
+"""
+
+import atexit
+import json
+import os
+import pathlib
+import signal
+import socket
+import sys
+import time
+from unittest import mock
+
+import jax
+
+from cfpp.errors import UserError, exit_on_user_error
+from cfpp.parallel import hosts
+from cfpp.train import checkpoint, loop, metrics
+from tests.train import fake
+
+DEVICES = 4  # of all processes together
+STEPS = 60
+
+
+def start(log, workdir, index, count, port, changes, failing, pace):
+    child = os.fork()
+    if child:
+        return child
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES // count)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    os.environ |= dict(
+        zip(hosts.VARIABLES, (f"127.0.0.1:{port}", str(count), str(index)), strict=True)
+    )
+    hosts.GRACE = 1.0
+    for patch in fake.patches():
+        patch.start()
+    if failing:
+        mock.patch("cfpp.data.sources.prepare", side_effect=UserError("the disk is full")).start()
+    if pace:
+        step = metrics.Progress.step
+        metrics.Progress.step = lambda *arguments: (time.sleep(pace), step(*arguments))
+    code = 0
+    try:
+        with exit_on_user_error():
+            hosts.join(timeout=30)
+            with hosts.ending_together():
+                loop.train(fake.config(batch_size=8, steps=STEPS, **changes), workdir)
+    except SystemExit as error:
+        code = error.code
+    atexit._run_exitfuncs()
+    os._exit(code)
+
+
+class Job:
+    """The processes of a job."""
+
+    def __init__(self, workdir, count=2, failing=(), pace=0.0, **changes):
+        with socket.create_server(("", 0)) as server:
+            port = server.getsockname()[1]
+        self.workdir = workdir
+        self.logs = [workdir.with_name(f"{workdir.name}.{index}") for index in range(count)]
+        self.children = [
+            start(log, workdir, index, count, port, changes, index in failing, pace)
+            for index, log in enumerate(self.logs)
+        ]
+
+    def at_step(self, step, then):
+        """Sends signals (of each process, or None) once a step is logged."""
+        path, deadline = self.workdir / "metrics.jsonl", time.monotonic() + 120
+        while not (path.exists() and f'"step": {step},' in path.read_text()):
+            assert time.monotonic() < deadline, self.told()
+            time.sleep(0.002)
+        for child, number in zip(self.children, then, strict=True):
+            if number:
+                os.kill(child, number)
+        return self
+
+    def told(self):
+        return [log.read_text(errors="replace") for log in self.logs]
+
+    def end(self):
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in self.children]
+        return {
+            "codes": codes,
+            "told": self.told(),
+            "checkpoints": checkpoint.steps(self.workdir / "checkpoints"),
+        }
+
+
+def losses(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def main(folder: pathlib.Path) -> None:
+    found = {}
+    often, once = {"log_every": 1, "save_every": 4}, {"log_every": 1, "save_every": STEPS}
+
+    one, killed, stopped = folder / "one", folder / "killed", folder / "stopped"
+    found["one"] = Job(one, count=1, **once).end()
+    found["one"]["losses"] = losses(one)
+
+    job = Job(killed, **often).at_step(6, then=(None, signal.SIGKILL))
+    found["killed second"] = job.end()
+    job = Job(killed, **often).at_step(11, then=(signal.SIGKILL, None))
+    found["killed first"] = job.end()
+    found["restarted"] = Job(killed, **once).end()
+    found["restarted"]["losses"] = losses(killed)
+
+    job = Job(stopped, pace=0.1, **once).at_step(4, then=(None, signal.SIGTERM))
+    found["stopped"] = job.end()
+    found["continued by one"] = Job(stopped, count=1, **once).end()
+    found["continued by one"]["losses"] = losses(stopped)
+
+    tensor = {"mesh": {"data": 1, "tensor": 4}}  # every process needs every row
+    found["tensor"] = Job(folder / "tensor", **once, **tensor).end()
+    found["tensor"]["losses"] = losses(folder / "tensor")
+
+    found["error of one"] = Job(folder / "error_of_one", failing=(1,)).end()
+    found["error of all"] = Job(folder / "error_of_all", failing=(0, 1)).end()
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    sys.modules["tensorflow"] = None  # takes seconds to import, and has no part in this
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
+    main(pathlib.Path(sys.argv[1]))
