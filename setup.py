@@ -14,6 +14,7 @@ setup(
     name="cfpp",
     version=VERSION,
     description="Causal Forcing++ in JAX: few-step, steerable, streaming video diffusion",
+    url="https://github.com/cfpp/cfpp",
     packages=find_packages(include=["cfpp", "cfpp.*"]),
     python_requires=">=3.11",
     install_requires=[
