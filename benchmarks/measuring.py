@@ -1,0 +1,86 @@
+"""What the benchmarks share: the machine's description, its measured rates, and timing."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
+
+import jax
+import jax.numpy as jnp
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+sys.path.append(str(RESULTS.parents[1]))  # where `configs` is
+
+
+def machine() -> dict:
+    """Date, device and versions, as they stand in every result."""
+    versions = {}
+    for package in ("jax", "jaxlib", "flax", "tokamax", "torch"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "versions": versions,
+    }
+
+
+def seconds(function: Callable, *arguments, budget: float = 3.0) -> float:
+    """The median time of a call whose result is awaited, compiled before.
+
+    Args:
+      budget: seconds to go on for, after the first three calls.
+    """
+    jax.block_until_ready(function(*arguments))
+    times, begin = [], time.perf_counter()
+    while len(times) < 3 or (len(times) < 50 and time.perf_counter() - begin < budget):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def matmul_rate(dtype) -> float:
+    """Operations a second of a large square matrix product, what a kernel can hope for."""
+    size = 8192 if jax.default_backend() != "cpu" else 2048
+    x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+    return 2 * size**3 / seconds(jax.jit(jnp.dot), x, x)
+
+
+def bandwidth() -> float:
+    """Bytes a second of a copy, read and written."""
+    x = jnp.ones(2**28 if jax.default_backend() != "cpu" else 2**26, jnp.float32)
+    return 2 * x.nbytes / seconds(jax.jit(lambda x: x + 1), x)
+
+
+def peak_gib() -> float:
+    """The most memory in use so far: on the device, or of the process where that is the CPU."""
+    statistics_of_device = jax.devices()[0].memory_stats()
+    if statistics_of_device:
+        return statistics_of_device["peak_bytes_in_use"] / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def rounded(values: Any) -> Any:
+    """The same with all numbers to four significant digits."""
+    return jax.tree.map(lambda x: float(f"{x:.4g}") if isinstance(x, float) else x, values)
+
+
+def write(name: str, results: dict) -> None:
+    """Writes `benchmarks/results/NAME.json`."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(rounded(results), indent=1) + "\n")
+    print(f"wrote {path}")
