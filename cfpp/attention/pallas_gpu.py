@@ -1,10 +1,7 @@
 """Block-sparse flash attention for GPUs, by Pallas's Triton backend.
 
-Frames follow one another without padding, and are cut into blocks of tokens wherever those fall:
-1,560 tokens are no multiple of a tensor core's tile, and padding each frame to one costs 14 % of
-the work. From the frames' mask comes, for each block of queries, the list of key blocks it visits:
-first those that it sees whole, then those that it sees in part, which alone look at the mask.
-Blocks that it does not see are neither loaded nor computed (FlexAttention, arXiv 2412.05496).
+Blocks of queries visit the blocks of keys that they see (`visits`), and mask only those that they
+see in part. Blocks that nobody sees are neither loaded nor computed.
 
 With s = q k / sqrt(D), the forward pass keeps a running maximum and sum (FlashAttention-2,
 arXiv 2307.08691). The backward pass computes the weights anew from the logsumexp L, in one kernel
@@ -17,7 +14,7 @@ Dimension letters: B batch, N heads, E entries (frames), T tokens a frame, D hea
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,70 +22,14 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from cfpp.attention import pallas_hopper
 from cfpp.attention.reference import NOTHING
 from cfpp.attention.schedule import Mask, StaticMask
+from cfpp.attention.visits import Visits, visits
 
 LOG2E = math.log2(math.e)
 HEAD_DIM = 128  # the widest head whose tiles fit
 WARPS = 8
-
-
-class Visits(NamedTuple):
-    """The blocks of columns that each block of rows visits.
-
-    Attributes:
-      index: int32 `[row blocks, column blocks]`, those seen whole, then those seen in part, then
-        the others.
-      whole, seen: int32 `[row blocks]`, how many are seen whole, and how many at all.
-      bits: int32 `[row frames, column blocks]`: bit n is set where a row frame sees the n-th frame
-        that has a token in the block.
-    """
-
-    index: Any
-    whole: Any
-    seen: Any
-    bits: Any
-
-
-def visits(mask: Mask, tokens: int, row_block: int, column_block: int) -> Visits:
-    """The schedule of blocks that are cut from frames laid end to end.
-
-    Args:
-      mask: bool `[row frames, column frames]`: NumPy makes a NumPy schedule, JAX a JAX one.
-      tokens: of one frame.
-      row_block, column_block: tokens of a block, the latter of at most 31 frames.
-    """
-    xp = np if isinstance(mask, np.ndarray) else jnp
-    row_frames, column_frames = mask.shape
-    row_first, row_end = _frames_of_blocks(row_frames * tokens, tokens, row_block)
-    column_first, column_end = _frames_of_blocks(column_frames * tokens, tokens, column_block)
-    # visible[i, j] counts the visible pairs among the first i row and j column frames.
-    visible = xp.pad(xp.cumsum(xp.cumsum(xp.asarray(mask, int), 0), 1), ((1, 0), (1, 0)))
-    in_columns = visible[:, column_end] - visible[:, column_first]
-    seen = in_columns[row_end] - in_columns[row_first]
-    pairs = (row_end - row_first)[:, None] * (column_end - column_first)
-    # The last columns are seen in part if they reach past the end.
-    inside = np.arange(1, len(column_end) + 1) * column_block <= column_frames * tokens
-    whole = (seen == pairs) & inside
-    rank = xp.where(whole, 0, xp.where(seen > 0, 1, 2))
-    place = np.arange(max(column_end - column_first))
-    frame = column_first[:, None] + place
-    in_block = frame < column_end[:, None]
-    bits = xp.asarray(mask, int)[:, np.where(in_block, frame, 0)] * in_block << place
-    return Visits(
-        *(
-            x.astype(np.int32)
-            for x in (
-                xp.argsort(rank, 1, stable=True), whole.sum(1), (seen > 0).sum(1), bits.sum(-1)
-            )
-        )
-    )  # fmt: skip
-
-
-def _frames_of_blocks(length: int, tokens: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first frame, and the first frame after, that blocks of a sequence have a token of."""
-    start = np.arange(0, length, block)
-    return start // tokens, (np.minimum(start + block, length) - 1) // tokens + 1
 
 
 class Tile(NamedTuple):
@@ -256,6 +197,7 @@ class _Plan(NamedTuple):
 
     tokens: int
     tile: Tile
+    backend: str  # of the forward pass
     interpret: bool
 
 
@@ -302,15 +244,20 @@ def _sides(plan: _Plan, q, k, rows_are_keys: bool = False) -> dict[str, _Sequenc
     }
 
 
+def _plain(mask: StaticMask | jax.Array) -> Mask:
+    return mask.mask if isinstance(mask, StaticMask) else mask
+
+
 def _tables(plan: _Plan, mask, rows_are_keys: bool = False) -> Visits:
     """The schedule by which a kernel visits the columns of its tile."""
-    mask = mask.mask if isinstance(mask, StaticMask) else mask
-    mask = mask.T if rows_are_keys else mask
+    mask = _plain(mask).T if rows_are_keys else _plain(mask)
     return visits(mask, plan.tokens, plan.tile.rows, plan.tile.columns)
 
 
 def _forward(plan: _Plan, q, k, v, mask, layer):
     """Output and logsumexp of `q` `[B, N, length, D]`, `k` and `v` `[L, B, N, length, D]`."""
+    if plan.backend == "mosaic":
+        return pallas_hopper.forward(q, k, v, _plain(mask), layer, plan.tokens)
     kernel = functools.partial(_forward_kernel, **_sides(plan, q, k))
     outputs = q, jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
     arrays = *_tables(plan, mask), layer, q, k, v
@@ -348,6 +295,7 @@ def attend(
     v: jax.Array,
     mask: Mask,
     layer: jax.Array | None = None,
+    backend: str = "triton",
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `reference.attend`; without a gradient where `layer` is given.
@@ -356,10 +304,12 @@ def attend(
     `jax_default_matmul_precision`, like all others: TensorFloat-32 where nothing is said.
 
     Args:
-      interpret: whether to run the kernels in Pallas's interpreter, on any device.
+      backend: of the forward pass: 'triton', or 'mosaic' (`pallas_hopper`) on Hopper alone.
+      interpret: whether to run the Triton kernels in Pallas's interpreter, on any device.
 
     Raises:
-      ValueError: heads are wider than the kernels' tiles, or the dtypes differ.
+      ValueError: heads are wider than the kernels' tiles, the dtypes differ, or Mosaic's kernel
+        does not take such heads or frames.
     """
     if q.shape[-1] > HEAD_DIM:
         raise ValueError(f"pallas_gpu takes heads of at most {HEAD_DIM}, got {q.shape[-1]}")
@@ -367,7 +317,7 @@ def attend(
         raise ValueError(f"q, k and v have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     *_, frames, tokens, head_dim = q.shape
     length = max(frames, k.shape[-3]) * tokens
-    plan = _Plan(tokens, Tile.choose(q.dtype, length, tokens), interpret)
+    plan = _Plan(tokens, Tile.choose(q.dtype, length, tokens), backend, interpret)
     join = lambda x: x.reshape(*x.shape[:-3], -1, head_dim)  # frames end to end
     mask = StaticMask(mask) if isinstance(mask, np.ndarray) else mask
     if layer is None:
