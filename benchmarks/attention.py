@@ -18,6 +18,7 @@ Writes `benchmarks/results/attention_SIZE_PLATFORM.json`.
 
 import argparse
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,8 +26,10 @@ import jax.numpy as jnp
 import measuring
 import numpy as np
 
-from cfpp.attention import dispatch
+from cfpp.attention import dispatch, pallas_gpu
 from cfpp.attention.pattern import Pattern, teacher_forced_entries
+
+Attend = Callable[..., jax.Array]  # (q, k, v, mask, layer=None) -> out
 
 
 class Size(NamedTuple):
@@ -81,34 +84,40 @@ def arrays(size: Size, *shapes: tuple[int, ...]) -> list[jax.Array]:
     return [draw(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def training(size: Size, name: str) -> float:
+def by_name(name: str) -> Attend:
+    """An implementation by its name in `config.model.attention`."""
+    return lambda q, k, v, mask, layer=None: dispatch.attend(
+        name, q, [(k, v, dispatch.keep_static(mask), layer)]
+    )
+
+
+def by_mosaic(q, k, v, mask, layer=None) -> jax.Array:
+    """`pallas_gpu` with its kernel for Hopper."""
+    return pallas_gpu.attend(q, k, v, mask, layer, backend="mosaic")[0]
+
+
+def training(size: Size, attend: Attend) -> float:
     """Milliseconds of forward and backward by one implementation."""
-    mask = dispatch.keep_static(teacher_forced_mask(size))
+    mask = teacher_forced_mask(size)
     shape = (1, size.heads, 2 * size.frames, size.tokens, size.head_dim)
     q, k, v, d_out = arrays(size, *[shape] * 4)
 
     @jax.jit
     def run(q, k, v, d_out):
-        out, pullback = jax.vjp(
-            lambda q, k, v: dispatch.attend(name, q, [(k, v, mask, None)]), q, k, v
-        )
+        out, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
         return out, pullback(d_out)
 
     return 1e3 * measuring.seconds(run, q, k, v, d_out)
 
 
-def rollout(size: Size, name: str) -> float:
+def rollout(size: Size, attend: Attend) -> float:
     """Milliseconds of one layer's attention against the cache, by one implementation."""
     query = (1, size.heads, 2, size.tokens, size.head_dim)
     cache = (size.layers, 1, size.heads, size.frames, size.tokens, size.head_dim)
     q, k, v = arrays(size, query, cache, cache)
-
-    @jax.jit
-    def run(q, k, v, mask, layer):
-        return dispatch.attend(name, q, [(k, v, mask, layer)])
-
     mask = jnp.ones((2, size.frames), bool)
-    return 1e3 * measuring.seconds(run, q, k, v, mask, jnp.int32(size.layers // 2))
+    layer = jnp.int32(size.layers // 2)
+    return 1e3 * measuring.seconds(jax.jit(attend), q, k, v, mask, layer)
 
 
 def rollout_by_cudnn(size: Size) -> float:
@@ -156,7 +165,7 @@ def training_by_flex(size: Size) -> float:
     attend = torch.compile(flex_attention)
 
     def run():
-        attend(q, k, v, block_mask=blocks).backward(d_out)
+        torch.autograd.grad(attend(q, k, v, block_mask=blocks), (q, k, v), d_out)
 
     return 1e3 * torch_seconds(run)
 
@@ -170,7 +179,11 @@ def training_by_sdpa(size: Size) -> float:
     frames = teacher_forced_mask(size)
     mask = torch.tensor(frames.repeat(size.tokens, 0).repeat(size.tokens, 1), device=q.device)
     attend = torch.nn.functional.scaled_dot_product_attention
-    return 1e3 * torch_seconds(lambda: attend(q, k, v, attn_mask=mask).backward(d_out))
+
+    def run():
+        torch.autograd.grad(attend(q, k, v, attn_mask=mask), (q, k, v), d_out)
+
+    return 1e3 * torch_seconds(run)
 
 
 def rollout_by_sdpa(size: Size) -> float:
@@ -212,18 +225,23 @@ def main() -> None:
 
     rates = {"matmul": measuring.matmul_rate(size.dtype), "bandwidth": measuring.bandwidth()}
     print(f"matmul {rates['matmul'] / 1e12:.2f} Tflop/s, copy {rates['bandwidth'] / 1e9:.0f} GB/s")
-    names = [
-        name
+    implementations = {
+        name: by_name(name)
         for name, implementation in dispatch.IMPLEMENTATIONS.items()
         if platform in implementation.platforms and not (large and name == "reference")
-    ]
+    }
+    if platform == "gpu":
+        implementations["pallas_gpu, mosaic"] = by_mosaic
     results = measuring.machine() | {"size": options.size, "shapes": size._asdict(), "rates": rates}
 
     mask = teacher_forced_mask(size)
     # Forward reads 3 arrays and writes 1; backward reads 5 and writes 3.
     least = floor(size, mask, products=7, arrays=12, rates=rates)
     print(f"training, floor {least['ms']:.2f} ms")
-    rows = [measure(name, functools.partial(training, size, name), least) for name in names]
+    rows = [
+        measure(name, functools.partial(training, size, attend), least)
+        for name, attend in implementations.items()
+    ]
     if platform == "gpu":
         rows.append(measure("torch flex", functools.partial(training_by_flex, size), least))
     if not large:
@@ -232,7 +250,10 @@ def main() -> None:
 
     least = floor(size, np.ones((2, size.frames), bool), products=2, arrays=4, rates=rates)
     print(f"rollout, floor {least['ms']:.2f} ms")
-    rows = [measure(name, functools.partial(rollout, size, name), least) for name in names]
+    rows = [
+        measure(name, functools.partial(rollout, size, attend), least)
+        for name, attend in implementations.items()
+    ]
     if platform == "gpu":
         rows.append(measure("cudnn dense", functools.partial(rollout_by_cudnn, size), least))
     rows.append(measure("torch sdpa", functools.partial(rollout_by_sdpa, size), least))

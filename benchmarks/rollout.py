@@ -15,7 +15,6 @@ import time
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import measuring
 import ml_collections
 import numpy as np
@@ -25,48 +24,36 @@ from cfpp.models.network import Network
 from cfpp.rollout.generate import Rollout, consistency
 from cfpp.rollout.stream import Player
 from cfpp.stages import ar_diffusion
-from configs import common, stage1
+from configs import stage1
 
 VIDEO_FRAMES = 4  # in one latent frame of Wan's VAE
 
-# (fields of `config.model`, frames of a clip, tokens of its text)
-SIZES = {
-    "wan_1_3b": (
-        dict(
-            height=60, width=104, dim=1536, ffn_dim=8960, heads=12, layers=30, text_dim=4096,
-            dtype="bfloat16", remat="full",
-        ),
-        21, 512,
-    ),
-    "20m": (
-        dict(height=32, width=32, dim=384, ffn_dim=1536, heads=6, layers=8, text_dim=64),
-        16, 16,
-    ),
-}  # fmt: skip
+# What differs from Wan 2.1 1.3B: fields of `config.model`, frames of a clip, tokens of its text.
+SMALL = dict(
+    dim=384, ffn_dim=1536, heads=6, layers=8, height=32, width=32, text_dim=64,
+    dtype="float32", remat="none",
+)  # fmt: skip
+SIZES = {"wan_1_3b": ({}, 21, 512), "20m": (SMALL, 16, 16)}
 
 
 def job(size: str, attention: str) -> ml_collections.ConfigDict:
     """The config of a stage-1 job of this size."""
-    config = stage1.get_config()
     model, frames, _ = SIZES[size]
-    config.model.update(channels=16, patch=2, num_actions=0, prediction="velocity", unroll=1)
+    config = stage1.get_config("wan_1_3b")
     config.model.update(model | {"attention": attention})
     config.pattern.window = frames
-    config.optimizer = common.optimizer("adamw", 1e-4)
     return config
 
 
-def text(size: str) -> jax.Array:
+def text(size: str, model: ml_collections.ConfigDict) -> jax.Array:
     """Random text embeddings of one clip."""
-    model, _, length = SIZES[size]
-    return jax.random.normal(jax.random.key(1), (1, length, model["text_dim"]))
+    return jax.random.normal(jax.random.key(1), (1, SIZES[size][2], model.text_dim))
 
 
-def video(size: str, frames: int) -> np.ndarray:
-    """Random latents of one clip, as the bytes that the codec takes."""
-    model = SIZES[size][0]
-    shape = (1, frames, model["height"], model["width"], 16)
-    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+def video(model: ml_collections.ConfigDict, frames: int) -> np.ndarray:
+    """Random latents of one clip."""
+    shape = (1, frames, model.height, model.width, model.channels)
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
 def stream(size: str, attention: str, first_steps: int) -> dict:
@@ -78,10 +65,10 @@ def stream(size: str, attention: str, first_steps: int) -> dict:
     init = lambda rng: jax.tree.map(lambda x: x.astype(dtype), nn.meta.unbox(network.init(rng)))
     params = jax.jit(init)(jax.random.key(0))
     rollout = Rollout(network, consistency(2, shift=5.0, first_steps=first_steps))
-    condition = {"text": text(size)}
+    condition = {"text": text(size, config.model)}
     actions = np.zeros((1, 1), np.int32)  # the model has none
     for _ in range(2):
-        player = Player(rollout, params, video(size, 0), condition, jax.random.key(2))
+        player = Player(rollout, params, video(config.model, 0), condition, jax.random.key(2))
         jax.block_until_ready(player)
         times = [time.perf_counter()]
         for _ in range(SIZES[size][1]):
@@ -99,9 +86,10 @@ def stream(size: str, attention: str, first_steps: int) -> dict:
 
 def training_step(size: str, attention: str) -> dict:
     """The time of a step of stage 1, and what memory it takes."""
-    stage = ar_diffusion.build(job(size, attention))
+    config = job(size, attention)
+    stage = ar_diffusion.build(config)
     state = jax.jit(lambda rng: nn.meta.unbox(stage.init(rng, {})))(jax.random.key(0))
-    batch = {"video": jnp.asarray(video(size, SIZES[size][1])), "text": text(size)}
+    batch = {"latents": video(config.model, SIZES[size][1]), "text": text(size, config.model)}
     rng = jax.random.key(3)
     step = jax.jit(stage.step, donate_argnums=0).lower(state, batch, rng).compile()
     analysis = step.memory_analysis()
