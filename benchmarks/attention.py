@@ -253,6 +253,7 @@ def main() -> None:
     rows = [
         measure(name, functools.partial(rollout, size, attend), least)
         for name, attend in implementations.items()
+        if name not in dispatch.IMPLEMENTATIONS or dispatch.IMPLEMENTATIONS[name].cached
     ]
     if platform == "gpu":
         rows.append(measure("cudnn dense", functools.partial(rollout_by_cudnn, size), least))
