@@ -45,7 +45,7 @@ class Tile(NamedTuple):
 
         Args:
           length: of the longer sequence.
-          tokens: of a frame: a block of columns holds at most 16 whole frames.
+          tokens: of a frame: a block of columns has tokens of at most 31 frames (`visits`).
         """
         rows, columns, stages = (128, 64, 3) if jnp.dtype(dtype).itemsize == 2 else (64, 32, 2)
         fit = lambda size, largest: min(size, max(16, pl.next_power_of_2(largest)))
