@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+RESIDUAL = "attention"  # the checkpoint name of what attention keeps for its backward pass
+
 Mask = np.ndarray | jax.Array  # NumPy where it is known when a program is traced
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from cfpp.attention import schedule
 from cfpp.attention.reference import NOTHING
@@ -145,6 +146,7 @@ def _attend(q, k, v, mask, sizes):
 
 def _attend_forward(q, k, v, mask, sizes):
     out, logsumexp = _forward(q, k, v, mask, None, sizes)
+    out, logsumexp = (checkpoint_name(x, schedule.RESIDUAL) for x in (out, logsumexp))
     return (out, logsumexp), (q, k, v, mask, out, logsumexp)
 
 

@@ -22,12 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfpp import flow
-from cfpp.attention import dispatch
+from cfpp.attention import dispatch, schedule
 from cfpp.attention.cache import Cache
 from cfpp.attention.pattern import CLEAN, Pattern
 from cfpp.parallel import context, mesh
 
 HISTORY_GRADIENTS = ("none", "straight_through")
+
+REMAT = ("none", "full", "save_attention", "offload")
 
 ACTIVATIONS = ("batch", None, "tokens", None)  # logical axes of [B, E, T, dim]
 
@@ -102,6 +104,30 @@ def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Arra
     """
     normed = jax.nn.standardize(x.astype(jnp.float32), epsilon=1e-6)
     return (normed * (1 + scale[:, :, None]) + shift[:, :, None]).astype(x.dtype)
+
+
+def rematerialised(block: type[nn.Module], policy: str) -> type[nn.Module]:
+    """A block that keeps less than all it computed for its backward pass, and computes it anew.
+
+    Args:
+      block: the module.
+      policy: 'none' keeps everything; 'full' the block's input; 'save_attention' besides it the
+        output of attention, its costliest part; 'offload' that too, in the memory of the host.
+    """
+    if policy == "none":
+        return block
+    known = jax.checkpoint_policies
+    policies = {
+        "full": known.nothing_saveable,
+        "save_attention": known.save_only_these_names(schedule.RESIDUAL),
+        "offload": known.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[schedule.RESIDUAL],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }
+    return nn.remat(block, prevent_cse=False, policy=policies[policy])
 
 
 class TextKeyValue(nn.Module):
@@ -242,7 +268,7 @@ class DiT(nn.Module):
       gate_init: where the gates start, apart from noise (Wan: 0).
       prediction: how the raw output is read, 'velocity' or 'x0'.
       dtype: dtype of activations and matrix products; parameters are float32.
-      remat: rematerialisation of the blocks, 'none' or 'full'.
+      remat: what the backward pass computes anew, one of `REMAT`.
       unroll: blocks in one turn of the loop over blocks: more runs faster on a CPU, one compiles
         fastest.
       attention: the implementation, one of `attention.dispatch.IMPLEMENTATIONS` or 'auto'.
@@ -291,7 +317,7 @@ class DiT(nn.Module):
         """Raises ValueError if an attribute is out of range, or sizes do not fit one another."""
         choices = {
             "prediction": ("velocity", "x0"),
-            "remat": ("none", "full"),
+            "remat": REMAT,
             "attention": ("auto", *dispatch.IMPLEMENTATIONS),
             "history_gradient": HISTORY_GRADIENTS,
             "dtype": ("float32", "bfloat16", "float16"),
@@ -332,7 +358,7 @@ class DiT(nn.Module):
             self.text_key_value = self._stack(TextKeyValue, in_axes=nn.broadcast)(
                 self.dim, self.heads, dtype
             )
-        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False)
+        block = rematerialised(Block, self.remat)
         self.blocks = self._stack(block, in_axes=(0, *[nn.broadcast] * 4))(
             self.dim,
             self.ffn_dim,

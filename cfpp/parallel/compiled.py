@@ -46,7 +46,7 @@ def _equation_flops(equation: Any) -> float:
     if name == "pallas_call":
         estimate = params["cost_estimate"]
         if estimate is None:
-            raise ValueError(f"kernel {params['name_and_src_info']} has no cost estimate")
+            raise ValueError(f"kernel {params['name']!r} has no cost estimate")
         return float(estimate.flops)
     inner = [flops(jaxpr) for jaxpr in _inner(params)]
     if name == "cond":

@@ -1,0 +1,106 @@
+"""Reading programs: against hand counts of programs that are written here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import AbstractMesh
+
+from cfpp.parallel import compiled
+
+
+class FakeMesh:
+    """Of 8 devices, as far as groups need one."""
+
+    axis_names = ("data", "context")
+    devices = np.arange(8).reshape(2, 4)
+    size = 8
+
+
+TEXT = """HloModule step
+
+%condition (state: (s32[], bf16[64,32])) -> pred[] {
+  %state = (s32[], bf16[64,32]{1,0:T(8,128)(2,1)}) parameter(0)
+  %limit = s32[]{:T(128)} constant(12)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%all-reduce-scatter.1 (x: bf16[64,32]) -> bf16[16,32] {
+  %x = bf16[64,32]{1,0} parameter(0)
+  %all-reduce.2 = bf16[64,32]{1,0} all-reduce(%x), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %slice = bf16[16,32]{1,0} dynamic-slice(%all-reduce.2), dynamic_slice_sizes={16,32}
+}
+
+%body (state: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {
+  %state = (s32[], bf16[64,32]{1,0:T(8,128)(2,1)}) parameter(0)
+  %two = s32[]{:T(128)} constant(2)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x = bf16[64,32]{1,0} get-tuple-element(%state), index=1
+  %next = s32[]{:T(128)} add(%i, %two)
+  %all-gather.1 = bf16[64,32]{1,0:T(8,128)(2,1)} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}
+  %fusion = bf16[16,32]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %start = (bf16[64,32]{1,0}, bf16[64,32]{1,0}, u32[]{:S(2)}) collective-permute-start(%x), source_target_pairs={{0,4},{4,0}}
+  %done = bf16[64,32]{1,0} collective-permute-done(%start)
+  ROOT %out = (s32[], bf16[64,32]{1,0}) tuple(%next, %done)
+}
+
+ENTRY %main (x: bf16[64,32]) -> bf16[64,32] {
+  %x = bf16[64,32]{1,0} parameter(0)
+  %four = s32[]{:T(128)} constant(4)
+  %state = (s32[], bf16[64,32]{1,0}) tuple(%four, %x)
+  %loop = (s32[], bf16[64,32]{1,0}) while(%state), condition=%condition, body=%body
+  %alone = f32[8]{0} all-reduce(%x), replica_groups={{0},{1},{2},{3}}, to_apply=%add
+  %sum = (f32[8]{0}, f32[2]{0}) all-reduce(%x, %x), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %y = bf16[64,32]{1,0} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+def test_collectives():
+    """The loop counts 4, 6, 8, 10: four turns. Nothing is exchanged by a group of one."""
+    size = 64 * 32 * 2
+    rows = {row.kind: row for row in compiled.collectives(TEXT, FakeMesh)}
+    assert rows.keys() == {"all-gather", "reduce-scatter", "collective-permute", "all-reduce"}
+    expected = {
+        "all-gather": (("context",), 0.75 * size, 4),
+        "reduce-scatter": (("context",), 0.75 * size, 4),
+        "collective-permute": (("data",), size, 4),
+        "all-reduce": (("data", "context"), 2 * 7 / 8 * 40, 1),
+    }
+    for kind, (axes, received, times) in expected.items():
+        row = rows[kind]
+        assert (row.axes, row.received, row.times) == (axes, received, times), kind
+
+
+def test_operations_of_scans_and_gradients():
+    def loss(w, x):
+        return jnp.sum(jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=7)[0])
+
+    w, x = jnp.zeros((16, 16)), jnp.zeros((4, 16))
+    forward = 2 * 4 * 16 * 16
+    assert compiled.flops(jax.make_jaxpr(loss)(w, x).jaxpr) == 7 * forward
+    gradient = jax.make_jaxpr(jax.grad(loss, (0, 1)))(w, x).jaxpr
+    assert compiled.flops(gradient) == 3 * 7 * forward
+
+
+def test_operations_on_a_mesh_are_those_of_all_devices():
+    mesh = AbstractMesh((4, 2), ("data", "context"))
+    spec = jax.sharding.PartitionSpec("data")
+    with jax.sharding.use_abstract_mesh(mesh):
+        run = jax.shard_map(lambda x: x @ x.T, in_specs=spec, out_specs=spec)
+        jaxpr = jax.make_jaxpr(jax.jit(run))(jnp.zeros((8, 16))).jaxpr
+    assert compiled.flops(jaxpr) == 8 * 2 * 2 * 2 * 16  # each device: 2 rows, repeated on context
+
+
+def test_operations_of_kernels():
+    def kernel(x, y):
+        y[...] = x[...]
+
+    x = jnp.zeros((8, 128))
+    call = lambda estimate: pl.pallas_call(kernel, out_shape=x, cost_estimate=estimate)
+    estimate = pl.CostEstimate(flops=123, transcendentals=0, bytes_accessed=0)
+    assert compiled.flops(jax.make_jaxpr(call(estimate))(x).jaxpr) == 123
+    with pytest.raises(ValueError, match="has no cost estimate"):
+        compiled.flops(jax.make_jaxpr(call(None))(x).jaxpr)
