@@ -5,6 +5,7 @@ import pytest
 from cfpp.attention.pattern import Pattern
 from cfpp.models.dit import REMAT
 from cfpp.parallel import compiled
+from cfpp.stages import dmd
 from tests import tiny
 
 
@@ -37,3 +38,22 @@ def test_what_is_saved_is_not_computed_again(kept):
     work = {remat: gradient(remat)[1] for remat in ("full", "save_attention", "offload")}
     assert kept[1] < work["save_attention"] < work["full"]
     assert work["offload"] == work["save_attention"]
+
+
+def temporaries(chunk):
+    """Bytes of stage 3's replayed gradient over a clip of 12 frames, its cache apart."""
+    net = tiny.network(Pattern(chunk=chunk), remat="full", layers=4)
+    x = tiny.latents(net, 12)
+    condition, sigma = {"actions": tiny.actions(12)}, jnp.full(12, 0.5)
+    cache = jax.eval_shape(lambda: net.dit.cache(2, 12).replace(frame=jnp.arange(12)))
+
+    def loss(params, cache):
+        return jnp.sum(dmd.replay(net, params, cache, x, sigma, condition) ** 2)
+
+    compiled_gradient = jax.jit(jax.grad(loss)).lower(tiny.params(net), cache).compile()
+    return compiled_gradient.memory_analysis().temp_size_in_bytes
+
+
+def test_replay_takes_no_more_memory_for_more_chunks():
+    """The same clip as 12 chunks and as 3: one parallel pass either way."""
+    assert temporaries(1) <= 1.15 * temporaries(4)
