@@ -107,7 +107,7 @@ def test_what_does_not_fit(aot):
     shown = aot.show(report(aot, fits=False, peak=peak, largest=largest))
     assert "does not fit" in shown and "60.00G f32[1,12,65520,65520]" in shown
     config = stage1.get_config("wan_1_3b")
-    assert "16 clips a device" in aot.advice(config, report(aot, fits=False))
+    assert "each device has 16" in aot.advice(config, report(aot, fits=False))
     config.model.remat = "none"
     assert "--config.model.remat=full" in aot.advice(config, report(aot, fits=False))
 

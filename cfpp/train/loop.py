@@ -135,7 +135,8 @@ def train(
                     raise diverged("state", step, checkpoints)
                 checkpoints.save(step, state, fingerprint, data)
             if config.sample_every and step % config.sample_every == 0:
-                samples(config, state, step, writer, workdir)
+                with jax.set_mesh(device_mesh):
+                    samples(config, state, step, writer, workdir)
             if is_last:
                 break
 
