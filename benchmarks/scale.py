@@ -30,7 +30,7 @@ STAGES = {
 # Clips in a batch and mesh. Slices smaller than the four show where a stage stops to fit.
 SLICES = {
     "v5e:16x16": (64, "fsdp=64,context=4"),
-    "v5p:4x4x4": (64, "fsdp=64"),
+    "v5p:4x4x4": (64, "fsdp=16,context=4"),
     "v6e:16x16": (64, "fsdp=64,context=4"),
     "v5p:8x8x8": (128, "fsdp=128,context=4"),
     "v5p:2x2x2": (8, "fsdp=8"),

@@ -428,6 +428,7 @@ class DiT(nn.Module):
         time = self.time_out(nn.silu(self.time_in(sinusoid(1000.0 * sigma, self.frequency_dim))))
         if self.num_actions:
             time = time + self.action(action)
+        time = mesh.constrain(time, "batch", None, None)
         modulation = self.time_modulation(nn.silu(time))
         modulation = einops.rearrange(modulation, "b e (six d) -> b e six d", six=6)
         modulation = mesh.constrain(modulation, "batch", None, None, None)

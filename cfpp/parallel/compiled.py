@@ -194,6 +194,8 @@ def _times(computations, entry: str) -> dict[str, int]:
 
 def _trips(loop: _Instruction, around, computations) -> int:
     """The length of a loop that counts up to a constant; 1 for any other."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
+        return int(known.group(1))
     condition = computations[loop.attribute("condition")]
     body = computations[loop.attribute("body")]
     compare = condition.get("ROOT")

@@ -3,9 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
-
-import jax
+from typing import Any, NamedTuple
 
 from cfpp.errors import UserError
 
@@ -65,7 +63,7 @@ def chip(topology: str) -> Chip:
     return CHIPS[name]
 
 
-def devices(topology: str) -> Sequence[jax.Device]:
+def devices(topology: str) -> Sequence[Any]:
     """The devices of a topology such as 'v5p:4x4x4', for the compiler alone.
 
     Raises:
@@ -74,9 +72,10 @@ def devices(topology: str) -> Sequence[jax.Device]:
     chip(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is missing; pip install 'cfpp[tpu]'")
+    from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except jax.errors.JaxRuntimeError as error:
+    except JaxRuntimeError as error:
         raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
