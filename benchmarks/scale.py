@@ -1,7 +1,8 @@
 """Compiles the training steps of Wan 2.1 1.3B for TPU slices and records what they take.
 
 python benchmarks/scale.py            # what is missing in results/scale.json, then docs/scale.md
-python benchmarks/scale.py --table    # only the table
+python benchmarks/scale.py --table    # only the tables
+python benchmarks/scale.py --replay   # only stage 3's gradient, replayed and unrolled
 
 Every row is one `cfpp.aot`; it takes a minute or several on one core, and is kept when it is done.
 """
@@ -12,13 +13,24 @@ import datetime
 import importlib
 import json
 import pathlib
+import sys
 
-from cfpp import aot
+from cfpp import aot  # sets the environment of the TPU compiler, so before JAX
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+
+from cfpp.attention.pattern import Pattern
+from cfpp.rollout.generate import Rollout, consistency
+from cfpp.stages import dmd
+from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/scale.json"
 PAGE = ROOT / "docs/scale.md"
-BEGIN, END = "<!-- table of benchmarks/scale.py -->\n", "<!-- end of table -->\n"
+REPLAY = ROOT / "benchmarks/results/scale_replay.json"
 
 STAGES = {
     "1": ("stage1", "wan_1_3b"),
@@ -82,22 +94,82 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def replay_row(chunk: int) -> dict:
+    """Temporaries of stage 3's gradient over 21 frames, generated `chunk` at a time, on the CPU.
+
+    Replayed, and by differentiating the loop that generates: the same gradient. The network is
+    small, 4 layers of width 64 with 64 tokens a frame; every chunk is denoised in one step.
+    """
+    frames = 21
+    sizes = dict(height=32, width=32, dim=64, ffn_dim=256, heads=4, layers=4, num_actions=0)
+    net = tiny.network(Pattern(chunk=chunk), remat="full", **sizes)
+    params, x = tiny.params(net), tiny.latents(net, frames, 1)
+    chunks, sigma = frames // chunk, jnp.ones(frames)
+    rollout = Rollout(net, consistency(1, 5.0), fused=False)
+    noise = lambda frame, step: jax.lax.dynamic_slice_in_dim(x, frame, chunk, 1)
+    cache = jax.eval_shape(lambda: net.dit.cache(1, frames))
+
+    def replayed(params, cache):
+        cache = cache.replace(frame=jnp.arange(frames))
+        return jnp.sum(dmd.replay(net, params, cache, x, sigma, {}) ** 2)
+
+    def unrolled(params):
+        def generate(stream, _):
+            stream = jax.lax.stop_gradient(stream)
+            stream, out = rollout.chunk(params, stream, None, noise, jnp.array([1.0, 0.0]), 0)
+            return stream, out.x0
+
+        stream = rollout.start(params, x[:, :0], {}, frames)
+        return jnp.sum(jax.lax.scan(generate, stream, None, length=chunks)[1] ** 2)
+
+    temporaries = lambda loss, *args: (
+        jax.jit(jax.grad(loss)).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    )
+    return {
+        "chunks": chunks,
+        "cache": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)),
+        "replayed": temporaries(replayed, params, cache),
+        "unrolled": temporaries(unrolled, params),
+    }
+
+
+def replay_table(rows: list[dict]) -> str:
+    """The table of the page."""
+    lines = ["| chunks | replayed, MiB | unrolled, MiB |", "|---|---|---|"]
+    for row in rows:
+        sizes = (f"{row[name] / 2**20:.1f}" for name in ("replayed", "unrolled"))
+        lines.append(f"| {row['chunks']} | " + " | ".join(sizes) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_table(name: str, text: str) -> None:
+    """Puts a table where the page has its place."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before, _, rest = PAGE.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    PAGE.write_text(before + begin + text + end + after)
+
+
 def main() -> None:
     """Reads the command line, compiles what is missing and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", action="store_true", help="compile nothing")
+    parser.add_argument("--replay", action="store_true", help="compile only stage 3's gradient")
     options = parser.parse_args()
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    for topology in SLICES if not options.table else ():
+    read = lambda path: json.loads(path.read_text()) if path.exists() else []
+    rows, replay_rows = read(RESULTS), read(REPLAY)
+    if not replay_rows and not options.table:
+        replay_rows = [replay_row(chunk) for chunk in (7, 1)]
+        REPLAY.write_text(json.dumps(replay_rows, indent=1) + "\n")
+    for topology in () if options.table or options.replay else SLICES:
         for stage in STAGES:
             if any((row["stage"], row["topology"]) == (stage, topology) for row in rows):
                 continue
             rows.append(compile_row(stage, topology))
             RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
             print(table(rows[-1:]), flush=True)
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(before + BEGIN + table(rows) + END + after)
+    write_table("slices", table(rows))
+    write_table("replay", replay_table(replay_rows))
 
 
 if __name__ == "__main__":

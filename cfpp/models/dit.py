@@ -349,7 +349,7 @@ class DiT(nn.Module):
                 self.num_actions + 1,  # the last one is "no action", for guidance
                 self.dim,
                 embedding_init=nn.with_logical_partitioning(
-                    nn.initializers.normal(1.0), ("actions", "embed")
+                    nn.initializers.normal(1.0), ("actions", None)
                 ),
             )
         if self.text_dim:
