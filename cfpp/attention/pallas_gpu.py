@@ -19,12 +19,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from cfpp.attention import pallas_hopper
 from cfpp.attention.reference import NOTHING
-from cfpp.attention.schedule import Mask, StaticMask
+from cfpp.attention.schedule import RESIDUAL, Mask, StaticMask
 from cfpp.attention.visits import Visits, visits
 
 LOG2E = math.log2(math.e)
@@ -271,6 +272,7 @@ def _attend(plan: _Plan, q, k, v, mask):
 
 def _attend_forward(plan: _Plan, q, k, v, mask):
     out, logsumexp = _attend(plan, q, k, v, mask)
+    out, logsumexp = (checkpoint_name(x, RESIDUAL) for x in (out, logsumexp))
     return (out, logsumexp), (q, k, v, mask, out, logsumexp)
 
 

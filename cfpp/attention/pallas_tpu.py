@@ -25,8 +25,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from cfpp.attention.schedule import RESIDUAL
 
 LARGEST_BLOCK = 1664  # tokens; beside it, scores of KEY_ROWS rows fill the 16 MiB of a v5e
 KEY_ROWS = 512  # keys whose scores are held at a time
@@ -322,6 +325,7 @@ def _attend(static, q, k, v, schedules, layer):
 
 def _attend_forward(static, q, k, v, schedules, layer):
     out, logsumexp = _attend(static, q, k, v, schedules, layer)
+    out, logsumexp = (checkpoint_name(x, RESIDUAL) for x in (out, logsumexp))
     return (out, logsumexp), (q, k, v, schedules, layer, out, logsumexp)
 
 
