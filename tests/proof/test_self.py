@@ -142,11 +142,11 @@ def naive_rollout(net, params, x0, actions, given, noise, sigmas, last, straight
         for step in range(last[n]):
             sigma, below = sigmas[n][step : step + 2]
             v, _ = at(stop(params), x, sigma, frame, 1)
-            x = (1 - below) * (x - sigma * v) + below * noise(i, step + 1)
+            x = (1 - below) * stop(x - sigma * v) + below * noise(i, step + 1)
         sigma = sigmas[n][last[n]]
         v, noisy_key_value = at(params, x, sigma, frame, 1)
         out.append(x - sigma * v)
-        key_value = at(stop(params), stop(out[-1]), 0, frame, CLEAN)[1]
+        key_value = stop(at(stop(params), stop(out[-1]), 0, frame, CLEAN)[1])
         if straight_through:  # later chunks differentiate through this chunk's noisy keys
             pairs = zip(key_value, noisy_key_value, strict=True)
             key_value = [clean + noisy - stop(noisy) for clean, noisy in pairs]
