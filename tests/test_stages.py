@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from cfpp import flow, stages
-from cfpp.attention.pattern import Pattern
 from cfpp.models.network import Network
 from cfpp.stages import consistency, dmd, ode
 from cfpp.stages.stage import clip
@@ -129,36 +128,6 @@ def test_clips_of_floats_are_latents_already():
     np.testing.assert_array_equal(latents.ravel(), [-1, 1])
     assert set(condition) == {"actions"}
     np.testing.assert_array_equal(clip({"video": 3 * latents})[0], 3 * latents)
-
-
-@pytest.mark.parametrize("frames_changed", [2, 4])
-def test_no_leak(frames_changed):
-    """What comes later changes nothing before it, bit for bit: clean frame, noise or action."""
-    net = tiny.network(Pattern(chunk=1, window=4, sink=1))
-    params = tiny.params(net)
-    clean, noisy, actions = tiny.latents(net, 6), tiny.latents(net, 6, seed=1), tiny.actions(6)
-    sigma = jnp.full((2, 6), 0.5)
-    run = jax.jit(lambda c, n, a: net.teacher_forced(params, c, {"actions": a})(n, sigma))
-    v = run(clean, noisy, actions)
-    i = frames_changed
-    later = run(clean.at[:, i:].add(1), noisy.at[:, i + 1 :].add(1), actions.at[:, i + 1 :].set(0))
-    np.testing.assert_array_equal(v[:, : i + 1], later[:, : i + 1])
-    assert np.any(v[:, i + 1 :] != later[:, i + 1 :])
-    other_action = run(clean, noisy, actions.at[:, i].set((actions[:, i] + 1) % tiny.ACTIONS))
-    assert np.all(np.any(v[:, i] != other_action[:, i], (1, 2, 3)))
-
-
-def test_draws_share_a_clean_pass_and_nothing_else():
-    net = tiny.network(Pattern(chunk=2))
-    params = tiny.params(net)
-    clean, condition = tiny.latents(net, 4), {"actions": tiny.actions(4)}
-    noisy = tiny.latents(net, 12, seed=1)
-    sigma = jax.random.uniform(jax.random.key(2), (2, 12))
-    velocity = jax.jit(net.teacher_forced(params, clean, condition))
-    together = velocity(noisy, sigma)
-    for draw in range(3):
-        part = np.s_[:, 4 * draw : 4 * draw + 4]
-        tiny.close(velocity(noisy[part], sigma[part]), together[part])
 
 
 def test_consistency_loss_is_its_equation():
