@@ -15,11 +15,11 @@ from tests import tiny
 
 
 def test_euler_rollout_is_the_solver_on_the_exact_history():
-    """With Euler's sampler every frame is the solver's endpoint given the frames before it."""
+    """With Euler's sampler, guided, every frame is the solver's endpoint given those before it."""
     net = tiny.network()
     params = tiny.params(net)
     sampler = euler(4, 3.0)
-    rollout = Rollout(net, sampler)
+    rollout = Rollout(net, sampler, guidance=2.0)
     condition = {"actions": tiny.actions(3)}
     start = rollout.start(params, tiny.latents(net, 0), {"actions": condition["actions"][:, :0]}, 3)
     noise = tiny.noise_table(net, 3, 1)
@@ -28,7 +28,7 @@ def test_euler_rollout_is_the_solver_on_the_exact_history():
         lambda p: rollout.unroll(p, start, condition, 3, noise, sigmas, np.full(3, 3))
     )(params)
     x = jnp.concatenate([noise(i, 0) for i in range(3)], 1)
-    velocity = jax.jit(net.teacher_forced(params, out.x0, condition))
+    velocity = jax.jit(net.teacher_forced(params, out.x0, condition, guidance=2.0))
     for a, b in itertools.pairwise(sampler.sigmas[1, :5]):
         level = lambda s: jnp.full((2, 3), s)
         x = flow.euler_step(x, velocity(x, level(a)), level(a), level(b))

@@ -1,0 +1,222 @@
+"""What stages hand to their equations: which network, which noise, which level.
+
+The steps run with the networks replaced by labels and the equations by recorders, so that nothing
+is compiled and everything can be seen.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from cfpp import flow, stages
+from cfpp.models.network import Network
+from cfpp.rollout.generate import gaussian_noise
+from cfpp.stages import ar_diffusion, consistency, dmd, ode
+from cfpp.stages.stage import average, descend, start
+from tests import tiny
+from tests.test_stages import batch, parents, tiny_config
+
+
+@pytest.fixture
+def labelled(monkeypatch):
+    """Velocity fields are tuples that say what they were made of; descent is as plain as can be."""
+    for module in (consistency, ode, dmd, ar_diffusion):
+        monkeypatch.setattr(module, "optimizer", lambda *_: optax.sgd(0.1))
+    monkeypatch.setattr(
+        Network, "teacher_forced",
+        lambda self, params, clean, condition, guidance=1.0: (params, clean, condition, guidance),
+    )  # fmt: skip
+
+
+def states(name, clips=16, **fields):
+    """A stage, its first state, a batch and the parents; every network has its own values."""
+    config = tiny_config(name, "chunk=3" if fields.pop("chunk", 1) == 3 else "", **fields)
+    config.model.update({"layers": 1})
+    stage = stages.build(config)
+    shapes = jax.eval_shape(stage.init, jax.random.key(0), parents(config, stage))
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nn.meta.unbox(shapes))
+    numbers = iter(range(1, 9))
+
+    def label(tree):
+        number = next(numbers)
+        return jax.tree.map(lambda x: x + number, tree)
+
+    state = state.replace(
+        params={name: label(tree) for name, tree in state.params.items()},
+        ema=label(state.ema),
+        frozen={role: label(tree) for role, tree in state.frozen.items()},
+    )
+    return config, stage, state, batch(config, clips)
+
+
+def label_of(params) -> float:
+    return float(jax.tree.leaves(params)[0].ravel()[0])
+
+
+def record(monkeypatch, module, name, result):
+    """Replaces a function by one that keeps its arguments; returns the list of calls."""
+    calls = []
+
+    def recorder(*args, **kwargs):
+        calls.append(args)
+        return result(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, recorder)
+    return calls
+
+
+def no_loss(x):
+    return jnp.zeros(x.shape[:2])
+
+
+def differ(x, axis):
+    """Whether the slices of `x` along an axis differ from one another."""
+    first, *others = np.moveaxis(np.asarray(x), axis, 0)
+    return all(np.any(first != other) for other in others)
+
+
+def test_consistency(labelled, monkeypatch):
+    config, stage, state, clips = states(
+        "consistency", 64, chunk=3, draws=2, guidance=3.0, grid_steps=4
+    )
+    calls = record(monkeypatch, consistency, "loss", lambda s, e, t, x0, *_: no_loss(x0))
+    stage.step(state, clips, jax.random.key(0))
+    (student, ema, teacher, x0, noise, index, grid, solver, distance) = calls[0]
+    assert label_of(ema[0]) == label_of(state.ema) and ema[3] == 1.0
+    assert label_of(teacher[0]) == label_of(state.frozen["teacher"]) and teacher[3] == 3.0
+    assert student[3] == 1.0 and (solver, distance) == (config.solver, config.distance)
+    np.testing.assert_array_equal(grid, flow.grid(4, config.shift))
+    assert np.unique(index).tolist() == [0, 1, 2, 3]  # the last pair too
+    np.testing.assert_array_equal(x0[:, :7], x0[:, 7:])
+    assert differ(np.reshape(noise, (64, 2, -1)), 1)
+    check_levels(np.reshape(index, (64, 2, 7)))
+
+
+def check_levels(level):
+    """`[B, draws, F]`: one a chunk of each draw, chunks of 1, 3 and 3 frames."""
+    np.testing.assert_array_equal(level[:, :, 1:4], level[:, :, 1:2].repeat(3, 2))
+    np.testing.assert_array_equal(level[:, :, 4:], level[:, :, 4:5].repeat(3, 2))
+    assert differ(level, 1) and differ(level[:, :, [0, 1, 4]], 2) and differ(level, 0)
+
+
+def test_ar_diffusion(labelled, monkeypatch):
+    config, stage, state, clips = states("ar_diffusion", 64, chunk=3, draws=2, drop_rate=0.25)
+    calls = record(monkeypatch, flow, "matching_loss", lambda v, x0, *_: no_loss(x0))
+    stage.step(state, clips, jax.random.key(0))
+    velocity, x0, noise, sigma, floor = calls[0]
+    np.testing.assert_array_equal(x0, jnp.concatenate([velocity[1]] * 2, 1))
+    assert differ(np.reshape(noise, (64, 2, -1)), 1) and floor == config.sigma_floor
+    check_levels(np.reshape(sigma, (64, 2, 7)))
+    assert abs(np.median(sigma) - flow.shift(0.5, config.shift)) < 0.1
+    dropped = np.all(velocity[2]["actions"] == config.model.num_actions, 1)
+    assert 4 <= dropped.sum() <= 30  # 16 +- 3.5
+    np.testing.assert_array_equal(velocity[2]["actions"][~dropped], clips["actions"][~dropped])
+
+
+def test_ode(labelled, monkeypatch):
+    config, stage, state, clips = states("ode", guidance=2.0)
+    path = lambda noise, grid: jnp.arange(len(grid))[:, None, None, None, None, None] + 0 * noise
+    record(monkeypatch, ode, "trajectory", lambda teacher, noise, grid, solver: path(noise, grid))
+    calls = record(monkeypatch, ode, "loss", lambda student, x, *_: no_loss(x))
+    stage.step(state, clips, jax.random.key(0))
+    _, x, sigma, endpoint = calls[0]
+    frames, grid = config.data.frames, flow.grid(config.grid_steps, config.shift)
+    levels = flow.schedule(config.positions, config.shift)[:-1]
+    np.testing.assert_allclose(sigma[0], levels.repeat(frames), rtol=1e-6)
+    np.testing.assert_array_equal(grid[np.asarray(x[0, :, 0, 0, 0], int)], sigma[0])
+    np.testing.assert_array_equal(endpoint, config.grid_steps)
+
+
+def test_matching(labelled, monkeypatch):
+    """Fresh rollouts of the student for every step of the critic, and for its own."""
+    config, stage, state, clips = states(
+        "dmd", critic_steps=2, guidance=3.0, first_positions=(1000.0, 750.0, 500.0)
+    )
+    given, frames = config.given, config.data.frames
+    rollouts = []
+
+    def rolled_out(rollout, params, x0, condition, given, noise, last):
+        x = x0 + 1 + len(rollouts)
+        rollouts.append((rollout, label_of(params), np.asarray(noise(1, 0)), np.asarray(last), x))
+        return None, x, x[:, given:], jnp.ones(frames - given)
+
+    monkeypatch.setattr(dmd, "self_rollout", rolled_out)
+    critic = record(monkeypatch, flow, "matching_loss", lambda v, x0, *_: no_loss(x0))
+    g = record(monkeypatch, dmd, "gradient", lambda real, fake, x, *_: jnp.ones_like(x))
+    record(monkeypatch, dmd, "replay", lambda network, params, cache, inputs, *_: inputs)
+    with jax.disable_jit():
+        for seed in range(6):
+            stage.step(state, clips, jax.random.key(seed))
+
+    assert len(rollouts) == 18 and len(critic) == 12 and len(g) == 6
+    student = label_of(state.params["model"])
+    assert {label for _, label, *_ in rollouts} == {student}
+    noises = np.stack([noise for _, _, noise, *_ in rollouts])
+    assert all(differ(noises[[0, i]], 0) for i in range(1, 18)) and differ(noises, 1)
+    lasts = np.stack([last for *_, last, _ in rollouts])
+    assert np.unique(lasts[:, 0]).tolist() == [0, 1, 2]  # the first chunk's own schedule
+    assert np.unique(lasts[:, 1:]).tolist() == [0, 1]
+    sampler = rollouts[0][0].sampler
+    for row, positions in enumerate((config.first_positions, config.positions)):
+        levels = flow.schedule(positions, config.shift)
+        np.testing.assert_array_equal(sampler.sigmas[row, : len(levels)], levels)
+
+    for i, (velocity, x, _, sigma, _) in enumerate(critic):
+        own = rollouts[3 * (i // 2) + i % 2][-1]
+        np.testing.assert_array_equal(x, own)
+        np.testing.assert_array_equal(velocity[1], own)
+        np.testing.assert_array_equal(sigma[:, :given], 0)
+        assert np.all(sigma[:, given:] >= config.score_sigma[0]) and differ(sigma[:, given:], 1)
+    for i, (real, fake, x, _, _) in enumerate(g):
+        np.testing.assert_array_equal(x, rollouts[3 * i + 2][-1])
+        assert label_of(real[0]) == label_of(state.frozen["real"]) and real[3] == 3.0
+        assert label_of(fake[0]) == label_of(state.params["critic"]) and fake[3] == 1.0
+
+
+def test_target_carries_no_gradient():
+    """Even where the average is the student itself."""
+    x0, noise = tiny.latents(tiny.network(), 3), tiny.latents(tiny.network(), 3, seed=1)
+    grid, index = jnp.asarray(flow.grid(4, 3.0)), jnp.array([[0, 1, 2]] * 2)
+    field = lambda w: lambda x, sigma: w * x
+    loss = lambda w, ema: consistency.loss(
+        field(w), field(ema), field(0.5), x0, noise, index, grid
+    ).sum()
+    slope = jax.grad(lambda w: loss(w, w))(2.0)
+    assert slope == pytest.approx(float(jax.grad(loss)(2.0, 2.0)), rel=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_descent_is_clipped_averaged_and_counted(accumulate):
+    """Of |p - x|^2 / 2 averaged over a batch: gradient p - mean(x), all in closed form."""
+    config = ml_collections.ConfigDict(
+        {"accumulate": accumulate, "ema": {"decay": 0.75, "start": 0}}
+    )
+    transform = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
+    x, p = jnp.array([1.0, 5.0, 2.0, 8.0]), jnp.float32(0.0)
+    loss = lambda params, x: jnp.mean((params - x) ** 2) / 2
+    state, metrics = descend(start(p, transform), transform, loss, x, config)
+    assert metrics["loss"] == 11.75 and metrics["grad_norm"] == 4.0 and int(state.step) == 1
+    assert state.params["model"] == 0.5  # half of the clipped gradient
+    assert state.ema == 0.125  # a quarter of the way
+    assert (
+        average(p, p + 1, jnp.int32(3), ml_collections.ConfigDict({"decay": 0.5, "start": 5})) == 1
+    )
+
+
+def test_noise_of_a_rollout_is_fresh():
+    noise = gaussian_noise(jax.random.key(0), (8,))
+    table = np.array([[noise(frame, step) for step in range(3)] for frame in range(3)])
+    assert len(np.unique(table)) == table.size
+
+
+def test_condition_is_dropped_at_its_rate():
+    net = tiny.network()
+    condition = {"actions": tiny.actions(4, batch=400)}
+    dropped = np.asarray(net.drop(jax.random.key(0), condition, 0.25)["actions"])
+    none = np.all(dropped == tiny.ACTIONS, 1)
+    assert 60 <= none.sum() <= 140  # 100 +- 9
+    np.testing.assert_array_equal(dropped[~none], condition["actions"][~none])
