@@ -47,6 +47,7 @@ setup(
             "diffusers>=0.42",
             "hypothesis>=6.100",
             "ipykernel>=7.0",
+            f"jax[tpu]>={JAX}",  # the TPU compiler, for kernels and programs; it needs no TPU
             "nbclient>=0.10",
             "pytest>=8.0",
             "ruff>=0.14",

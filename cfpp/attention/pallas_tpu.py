@@ -1,10 +1,10 @@
 """Attention between frames as Pallas kernels for TPU: forward, backward, and over a cache's layer.
 
 The mask is a table of frames, so the kernels work on *blocks* that it can speak of: a part of one
-frame, or several whole frames where these are short. A schedule lists the pairs of blocks that hold
-a visible pair of frames, in order; the grid walks this list and nothing else, so that an empty pair
-is neither fetched nor computed. Where the mask is known only at run time, so are the list and the
-length of the grid: one kernel serves training and rollout.
+frame, or several whole frames where these are short. A list holds the pairs of blocks with a
+visible pair of frames, in order; the grid walks this list and nothing else, so that no other pair
+is fetched or computed. Where the mask is known only at run time, so are the list and the length of
+the grid: one kernel serves training and rollout.
 
 Inside a block everything is kept transposed: scores are `[keys, queries]`. The softmax statistics,
 the logsumexp and delta of the backward pass are then rows along the lanes, the reductions run over
@@ -20,6 +20,7 @@ Dimension letters: B batch, N heads, E entries (frames), T tokens a frame, D hea
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -29,96 +30,110 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from cfpp.attention.schedule import RESIDUAL
+from cfpp.attention import schedule
+from cfpp.attention.reference import NOTHING
+from cfpp.attention.schedule import RESIDUAL, Mask
 
-LARGEST_BLOCK = 1664  # tokens; beside it, scores of KEY_ROWS rows fill the 16 MiB of a v5e
-KEY_ROWS = 512  # keys whose scores are held at a time
-UNSEEN = -1e30  # logsumexp of a query that sees nothing
-MASKED = 2 * UNSEEN  # a masked score: exp(MASKED - UNSEEN) is 0, so unseen queries need no care
-LOG2_E = np.float32(np.log2(np.e))  # the hardware's exponential is 2^x
+SMALLEST_PART, LARGEST_BLOCK = 128, 1664  # tokens; the kernels at the latter fill a v5e's 16 MiB
+
+# (keys, queries) whose scores are computed at a time: the compiler's schedules for v5e and v6e keep
+# the matrix units busiest with these. The forward pass has a chain of maxima to wait for, so its
+# scores are computed AHEAD parts early.
+FORWARD_PART = 128, 256
+BACKWARD_PART = 512, LARGEST_BLOCK
+AHEAD = 2
+
+MASKED = 2 * NOTHING  # exp(MASKED - NOTHING) is 0, so queries that see nothing need no care
+LOG2_E = math.log2(math.e)  # the hardware's exponential is 2^x
 
 KEYS_BY_DIM = ((1,), (1,)), ((), ())  # a b^T
 ROWS_AWAY = ((0,), (0,)), ((), ())  # a^T b
 
 
 class Blocks(NamedTuple):
-    """How the tokens of E frames are cut: blocks of `group` frames, or `split` blocks a frame."""
+    """How the frames of one side are cut: into blocks of `group` frames, or `split` blocks each."""
 
     group: int
     split: int
-    rows: int  # tokens in a block
+    rows: int  # tokens of a block
+
+    @classmethod
+    def choose(cls, frames: int, tokens: int) -> "Blocks":
+        """The largest blocks of at most `LARGEST_BLOCK` tokens that cut frames evenly.
+
+        Raises:
+          ValueError: a frame exceeds that, and divides into no parts of `SMALLEST_PART` or more.
+        """
+        if tokens <= LARGEST_BLOCK:
+            most = min(LARGEST_BLOCK // tokens, 31)  # frames of a block are bits of an int32
+            group = max(n for n in range(1, most + 1) if frames % n == 0)
+            return cls(group, 1, group * tokens)
+        parts = [n for n in range(SMALLEST_PART, LARGEST_BLOCK + 1) if tokens % n == 0]
+        if not parts:
+            raise ValueError(
+                f"pallas_tpu cuts a frame into equal parts of {SMALLEST_PART} to {LARGEST_BLOCK} "
+                f"tokens, which {tokens} tokens do not allow"
+            )
+        rows = max(parts, key=lambda n: (n % 8 == 0, n))  # 8: then cutting moves no data
+        return cls(1, tokens // rows, rows)
 
     def cut(self, x: jax.Array) -> jax.Array:
         """`[..., E, T, D]` as `[..., blocks, rows, D]`."""
         return x.reshape(*x.shape[:-3], -1, self.rows, x.shape[-1])
 
 
-def blocks(entries: int, tokens: int) -> Blocks:
-    """The largest blocks of at most `LARGEST_BLOCK` tokens that cut frames evenly.
+class Visits(NamedTuple):
+    """The pairs of blocks that a kernel visits, in order; all int32.
 
-    Raises:
-      ValueError: a frame is longer than a block and divides into no parts of 128 tokens or more.
-    """
-    if tokens <= LARGEST_BLOCK:
-        most = min(LARGEST_BLOCK // tokens, 31)  # frames of a block are bits of an int32
-        group = max(n for n in range(1, most + 1) if entries % n == 0)
-        return Blocks(group, 1, group * tokens)
-    parts = [n for n in range(128, LARGEST_BLOCK + 1) if tokens % n == 0]
-    if not parts:
-        raise ValueError(
-            f"a frame of {tokens} tokens does not divide into blocks of 128 to {LARGEST_BLOCK} "
-            "tokens; frames of rows x columns tokens do"
-        )
-    rows = max(parts, key=lambda n: (n % 8 == 0, n))  # 8: a tile's rows, so cutting moves nothing
-    return Blocks(1, tokens // rows, rows)
-
-
-class Schedule(NamedTuple):
-    """The visits of a kernel to pairs of blocks, in order; int32 arrays.
-
-    A block to which no visit would come is visited once with nothing to see, to be written.
+    A block that meets no other is visited once with nothing to see, for its output to be written.
 
     Attributes:
-      outer, inner: `[visits]`, the block that is written and the one that it meets.
-      kind: `[visits]`, 0: nothing is visible, 1: some frames are, 2: all.
-      bits: `[visits * query group]`, for each query frame of the pair of blocks the frames of the
-        key block that it sees, frame j as bit j.
-      visits: a scalar; the arrays may be longer than this.
+      outer, inner: `[visits]`, the block whose output is computed, and the one that it meets.
+      kind: `[visits]`, 0 where nothing is visible, 1 where some frames are, 2 where all are.
+      bits: `[visits * query group]`, what each query frame of the pair sees: bit j is frame j of
+        the key block.
+      length: how many there are; the arrays may be longer.
     """
 
-    outer: jax.Array
-    inner: jax.Array
-    kind: jax.Array
-    bits: jax.Array
-    visits: jax.Array
+    outer: Mask
+    inner: Mask
+    kind: Mask
+    bits: Mask
+    length: Mask
 
 
-def schedule(mask, query: Blocks, key: Blocks, by_key: bool) -> Schedule:
-    """The visits that a frame mask calls for.
+def visits(mask: Mask, query: Blocks, key: Blocks, by_key: bool) -> Visits:
+    """The visits that a mask of frames calls for.
 
     Args:
-      mask: bool `[query frames, key frames]`; a NumPy array gives NumPy arrays.
+      mask: bool `[query frames, key frames]`: NumPy makes NumPy visits, JAX JAX ones.
       query, key: how either side is cut.
-      by_key: the outer blocks are those of keys.
+      by_key: whether the outer blocks are those of keys.
     """
     xp = np if isinstance(mask, np.ndarray) else jnp
-    table = xp.repeat(xp.repeat(mask, query.split, 0), key.split, 1)
-    q_blocks, k_blocks = table.shape[0] // query.group, table.shape[1] // key.group
-    table = table.reshape(q_blocks, query.group, k_blocks, key.group).swapaxes(1, 2)
-    kind = table.any((2, 3)).astype(np.int32) + table.all((2, 3))
-    bits = (table * (1 << np.arange(key.group))).sum(3)
-    if by_key:
-        kind, bits = kind.T, bits.swapaxes(0, 1)
-    unseen = (kind == 0).all(1, keepdims=True)
-    visited = (kind > 0) | (unseen & (np.arange(kind.shape[1]) == 0))
-    known = {} if xp is np else {"size": visited.size, "fill_value": 0}
-    outer, inner = xp.nonzero(visited, **known)
-    arrays = outer, inner, kind[outer, inner], bits[outer, inner].reshape(-1), visited.sum()
-    return Schedule(*(xp.asarray(a, np.int32) for a in arrays))
+    bits = schedule.blocks(schedule.split(mask, query.split), query.group, key.group).bits
+    bits = bits.reshape(-1, query.group, bits.shape[1])
+    bits = bits.transpose((2, 0, 1) if by_key else (0, 2, 1))  # [outer, inner, query group]
+    some, every = (bits > 0).any(2), (bits == 2**key.group - 1).all(2)
+    alone = ~some.any(1, keepdims=True) & (np.arange(some.shape[1]) == 0)
+    size = {} if xp is np else {"size": some.size, "fill_value": 0}
+    outer, inner = xp.nonzero(some | alone, **size)
+    kind = some.astype(np.int32) + every
+    arrays = outer, inner, kind[outer, inner], bits[outer, inner].reshape(-1), (some | alone).sum()
+    return Visits(*(xp.asarray(x, np.int32) for x in arrays))
 
 
 def _dot(a, b, dimensions=(((1,), (0,)), ((), ()))):
+    """A product accumulated in float32."""
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _parts(rows: int, columns: int, size: tuple[int, int]) -> list:
+    """Slices (keys, queries) of at most `size` that make up scores of `rows` x `columns`."""
+    cut = lambda length, most: [
+        pl.ds(start, min(most, length - start)) for start in range(0, length, most)
+    ]
+    return [(r, c) for c in cut(columns, size[1]) for r in cut(rows, size[0])]
 
 
 class _Visit:
@@ -133,24 +148,18 @@ class _Visit:
         self.query, self.key = query, key
 
     def compute(self, body) -> None:
-        """Runs `body(rows, visible)` for slices of the keys, unless nothing is visible.
+        """Runs `body(visible)` unless nothing is visible.
 
-        `visible` is None where all is, else bool `[keys, queries]`.
+        `visible(rows, columns)` is None where all is, else bool `[keys, queries]`.
         """
-
-        def run(partial):
-            for start in range(0, self.key.rows, KEY_ROWS):
-                rows = pl.ds(start, min(KEY_ROWS, self.key.rows - start))
-                body(rows, self.visible(rows) if partial else None)
-
-        pl.when(self.kind == 2)(lambda: run(partial=False))
+        pl.when(self.kind == 2)(lambda: body(lambda rows, columns: None))
         if self.query.group > 1 or self.key.group > 1:
-            pl.when(self.kind == 1)(lambda: run(partial=True))
+            pl.when(self.kind == 1)(lambda: body(self.visible))
 
-    def visible(self, rows) -> jax.Array:
-        """Which of the keys `rows` each query sees, from the bits of its frame."""
+    def visible(self, rows, columns) -> jax.Array:
+        """Which of the keys `rows` the queries `columns` see, from the bits of their frames."""
         q_tokens, k_tokens = (x.rows // x.group for x in (self.query, self.key))
-        lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.query.rows), 1)
+        lane = columns.start + jax.lax.broadcasted_iota(jnp.int32, (1, columns.size), 1)
         seen = jnp.zeros_like(lane)
         for frame, bits in enumerate(self.bits):
             seen = jnp.where(lane >= frame * q_tokens, bits, seen)
@@ -160,29 +169,37 @@ class _Visit:
 
 def _scores(k, q, visible):
     """Equation (1) in units of log 2, float32 `[keys, queries]`."""
-    scores = _dot(k, q, KEYS_BY_DIM) * (LOG2_E / np.float32(np.sqrt(q.shape[1])))
+    scores = _dot(k, q, KEYS_BY_DIM) * (LOG2_E / math.sqrt(q.shape[1]))
     return scores if visible is None else jnp.where(visible, scores, MASKED)
 
 
-def _forward_kernel(query, key, *refs):
-    *schedule, _, q, k, v, out, logsumexp, weighted, top, total = refs
-    visit = _Visit(query, key, *schedule)
+def _attention_forward(query, key, *refs):
+    *visits, _, q, k, v, out, logsumexp, weighted, top, total = refs
+    visit = _Visit(query, key, *visits)
 
     @pl.when(visit.first)
     def _():
         weighted[...] = jnp.zeros_like(weighted)  # [D, queries]
-        top[...] = jnp.full_like(top, UNSEEN)  # [1, queries]
+        top[...] = jnp.full_like(top, NOTHING)  # [1, queries]
         total[...] = jnp.zeros_like(total)
 
-    def attend_to(rows, visible):
-        scores = _scores(k[rows, :], q[...], visible)
-        new_top = jnp.maximum(top[...], scores.max(0, keepdims=True))
-        weights = jnp.exp2(scores - new_top)
-        kept = jnp.exp2(top[...] - new_top)
-        total[...] = total[...] * kept + weights.sum(0, keepdims=True)
-        fresh = _dot(v[rows, :], weights.astype(v.dtype), ROWS_AWAY)
-        weighted[...] = weighted[...] * kept + fresh
-        top[...] = new_top
+    def attend_to(visible):
+        parts = _parts(key.rows, query.rows, FORWARD_PART)
+
+        def scores(rows, columns):
+            return _scores(k[rows, :], q[columns, :], visible(rows, columns))
+
+        ahead = [scores(*part) for part in parts[:AHEAD]]
+        for n, (rows, columns) in enumerate(parts):
+            ahead += [scores(*part) for part in parts[n + AHEAD : n + AHEAD + 1]]
+            own, old_top = ahead.pop(0), top[:, columns]
+            new_top = jnp.maximum(old_top, own.max(0, keepdims=True))
+            weights = jnp.exp2(own - new_top)
+            kept = jnp.exp2(old_top - new_top)
+            total[:, columns] = total[:, columns] * kept + weights.sum(0, keepdims=True)
+            fresh = _dot(v[rows, :], weights.astype(v.dtype), ROWS_AWAY)
+            weighted[:, columns] = weighted[:, columns] * kept + fresh
+            top[:, columns] = new_top
 
     visit.compute(attend_to)
 
@@ -191,7 +208,7 @@ def _forward_kernel(query, key, *refs):
         seen = total[...] > 0
         divisor = jnp.where(seen, total[...], 1)
         out[...] = (weighted[...] / divisor).T.astype(out.dtype)
-        logsumexp[...] = jnp.where(seen, (top[...] + jnp.log2(divisor)) / LOG2_E, UNSEEN)
+        logsumexp[...] = jnp.where(seen, (top[...] + jnp.log2(divisor)) / LOG2_E, NOTHING)
 
 
 def _score_gradient(q, k, v, dout, logsumexp, delta, visible):
@@ -200,97 +217,101 @@ def _score_gradient(q, k, v, dout, logsumexp, delta, visible):
     return p, p * (_dot(v, dout, KEYS_BY_DIM) - delta)
 
 
-def _query_gradient_kernel(query, key, *refs):
-    *schedule, _, q, dout, logsumexp, delta, k, v, dq, gradient = refs
-    visit = _Visit(query, key, *schedule)
+def _attention_dq(query, key, *refs):
+    *visits, _, q, dout, logsumexp, delta, k, v, dq, gradient = refs
+    visit = _Visit(query, key, *visits)
 
     @pl.when(visit.first)
     def _():
         gradient[...] = jnp.zeros_like(gradient)  # [D, queries]
 
-    def attend_to(rows, visible):
-        _, ds = _score_gradient(
-            q[...], k[rows, :], v[rows, :], dout[...], logsumexp[...], delta[...], visible
-        )
-        gradient[...] += _dot(k[rows, :], ds.astype(k.dtype), ROWS_AWAY)
+    def attend_to(visible):
+        for rows, columns in _parts(key.rows, query.rows, BACKWARD_PART):
+            _, ds = _score_gradient(
+                q[columns, :], k[rows, :], v[rows, :], dout[columns, :], logsumexp[:, columns],
+                delta[:, columns], visible(rows, columns),
+            )  # fmt: skip
+            gradient[:, columns] += _dot(k[rows, :], ds.astype(k.dtype), ROWS_AWAY)
 
     visit.compute(attend_to)
 
     @pl.when(visit.last)
     def _():
-        dq[...] = (gradient[...].T / np.float32(np.sqrt(q.shape[1]))).astype(dq.dtype)
+        dq[...] = (gradient[...].T / math.sqrt(q.shape[1])).astype(dq.dtype)
 
 
-def _key_value_gradient_kernel(query, key, *refs):
-    *schedule, _, q, dout, logsumexp, delta, k, v, dk, dv, k_gradient, v_gradient = refs
-    visit = _Visit(query, key, *schedule)
+def _attention_dkv(query, key, *refs):
+    *visits, _, q, dout, logsumexp, delta, k, v, dk, dv, k_gradient, v_gradient = refs
+    visit = _Visit(query, key, *visits)
 
     @pl.when(visit.first)
     def _():
         k_gradient[...] = jnp.zeros_like(k_gradient)  # [keys, D]
         v_gradient[...] = jnp.zeros_like(v_gradient)
 
-    def attend_to(rows, visible):
-        p, ds = _score_gradient(
-            q[...], k[rows, :], v[rows, :], dout[...], logsumexp[...], delta[...], visible
-        )
-        v_gradient[rows, :] += _dot(p.astype(dout.dtype), dout[...])
-        k_gradient[rows, :] += _dot(ds.astype(q.dtype), q[...])
+    def attend_to(visible):
+        for rows, columns in _parts(key.rows, query.rows, BACKWARD_PART):
+            p, ds = _score_gradient(
+                q[columns, :], k[rows, :], v[rows, :], dout[columns, :], logsumexp[:, columns],
+                delta[:, columns], visible(rows, columns),
+            )  # fmt: skip
+            v_gradient[rows, :] += _dot(p.astype(dout.dtype), dout[columns, :])
+            k_gradient[rows, :] += _dot(ds.astype(q.dtype), q[columns, :])
 
     visit.compute(attend_to)
 
     @pl.when(visit.last)
     def _():
-        dk[...] = (k_gradient[...] / np.float32(np.sqrt(q.shape[1]))).astype(dk.dtype)
+        dk[...] = (k_gradient[...] / math.sqrt(q.shape[1])).astype(dk.dtype)
         dv[...] = v_gradient[...].astype(dv.dtype)
 
 
-class _Static(NamedTuple):
-    """What the kernels know when they are compiled."""
+class _Plan(NamedTuple):
+    """What is known when the kernels are compiled."""
 
     query: Blocks
     key: Blocks
-    visits: tuple[int, int] | None  # by query and by key; None: known only at run time
-    live: int  # frame pairs that are visible, all of them where that is known only at run time
-    interpret: object
+    lengths: tuple[int, int] | None  # of the visits by query and by key; None: not known
+    live: int  # pairs of tokens that are visible; all pairs where that is not known
+    interpret: bool
 
 
-def _call(kernel, static, by_key, schedule, layer, inputs, outputs, scratch, products):
-    """Runs a kernel over a schedule.
+def _call(kernel, plan, by_key, visits, layer, inputs, outputs, scratch, products):
+    """Runs a kernel.
 
     Args:
       kernel: one of the kernels above.
-      static: what it knows at compile time.
-      by_key: as in `schedule`.
-      schedule: the visits.
-      layer: int32 `[1]`, the layer that is read of keys and values that have layers.
-      inputs: pairs of a side, "query" or "key", and an array.
-      outputs: pairs of a side and a type.
+      plan: what is known of it.
+      by_key: as in `visits`.
+      visits: what it visits.
+      layer: int32 `[1]`, which layer it reads of keys and values with layers.
+      inputs: of each the side that it belongs to, "query" or "key", and the array.
+      outputs: the same with types.
       scratch: shapes of float32 scratch.
-      products: matrix products for a pair of blocks, for the cost estimate.
+      products: matrix products that it takes, for the compiler's estimate of its cost.
     """
-    batch, heads, _, _, head_dim = inputs[0][1].shape
-    visits = static.visits[by_key] if static.visits else schedule.visits
+    batch, heads, *_, head_dim = inputs[0][1].shape
+    is_outer = lambda side: (side == "key") == by_key
 
     def spec(side, array):
         stacked = array.ndim == 6
 
         def index(b, n, step, outer, inner, kind, bits, layer):
-            block = (outer if (side == "key") == by_key else inner)[step]
+            block = (outer if is_outer(side) else inner)[step]
             return (*((layer[0],) if stacked else ()), b, n, block, 0, 0)
 
         return pl.BlockSpec((*(None,) * (array.ndim - 2), *array.shape[-2:]), index)
 
-    def fetched(side, array):
-        tiles = array.shape[-3] if (side == "key") == by_key else len(schedule.outer)
-        return batch * heads * tiles * int(np.prod(array.shape[-2:])) * array.dtype.itemsize
+    def traffic(side, array):
+        tiles = array.shape[-3] if is_outer(side) else len(visits.outer)
+        return batch * heads * tiles * math.prod(array.shape[-2:]) * array.dtype.itemsize
 
-    scores = batch * heads * static.live
+    scores = batch * heads * plan.live
     return pl.pallas_call(
-        functools.partial(kernel, static.query, static.key),
+        functools.partial(kernel, plan.query, plan.key),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
-            grid=(batch, heads, visits),
+            grid=(batch, heads, plan.lengths[by_key] if plan.lengths else visits.length),
             in_specs=[spec(*x) for x in inputs],
             out_specs=[spec(*x) for x in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
@@ -302,97 +323,100 @@ def _call(kernel, static, by_key, schedule, layer, inputs, outputs, scratch, pro
         cost_estimate=pl.CostEstimate(
             flops=2 * products * scores * head_dim,
             transcendentals=scores,
-            bytes_accessed=sum(fetched(*x) for x in (*inputs, *outputs)),
+            bytes_accessed=sum(traffic(*x) for x in (*inputs, *outputs)),
         ),
-        interpret=static.interpret,
+        interpret=plan.interpret,
         name=kernel.__name__.strip("_"),
-    )(*schedule[:4], layer, *(x for _, x in inputs))
+    )(*visits[:4], layer, *(x for _, x in inputs))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, q, k, v, schedules, layer):
-    """Attention over blocks, `[B, N, blocks, rows, D]`; the logsumexp is `[B, N, blocks, 1, rows]`."""
+def _forward(plan, q, k, v, visits, layer):
+    """Attention of blocks `[B, N, blocks, rows, D]`, with a logsumexp `[B, N, blocks, 1, rows]`."""
     rows, head_dim = q.shape[-2:]
-    statistics = (*q.shape[:3], 1, rows)
+    logsumexp = jax.ShapeDtypeStruct((*q.shape[:3], 1, rows), jnp.float32)
     return _call(
-        _forward_kernel, static, False, schedules[0], layer,
+        _attention_forward, plan, False, visits, layer,
         inputs=[("query", q), ("key", k), ("key", v)],
-        outputs=[("query", jax.typeof(q)), ("query", jax.ShapeDtypeStruct(statistics, jnp.float32))],
+        outputs=[("query", jax.typeof(q)), ("query", logsumexp)],
         scratch=[(head_dim, rows), (1, rows), (1, rows)],
         products=2,
     )  # fmt: skip
 
 
-def _attend_forward(static, q, k, v, schedules, layer):
-    out, logsumexp = _attend(static, q, k, v, schedules, layer)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, q, k, v, by_query, by_key, layer):
+    return _forward(plan, q, k, v, by_query, layer)
+
+
+def _attend_forward(plan, q, k, v, by_query, by_key, layer):
+    out, logsumexp = _forward(plan, q, k, v, by_query, layer)
     out, logsumexp = (checkpoint_name(x, RESIDUAL) for x in (out, logsumexp))
-    return (out, logsumexp), (q, k, v, schedules, layer, out, logsumexp)
+    return (out, logsumexp), (q, k, v, by_query, by_key, layer, out, logsumexp)
 
 
-def _attend_backward(static, saved, gradients):
-    q, k, v, schedules, layer, out, logsumexp = saved
-    dout, dlogsumexp = gradients
+def _attend_backward(plan, residuals, cotangents):
+    q, k, v, by_query, by_key, layer, out, logsumexp = residuals
+    dout, dlogsumexp = cotangents
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)[..., None, :] - dlogsumexp
-    query_side = [("query", x) for x in (q, dout, logsumexp, delta)]
-    inputs = [*query_side, ("key", k), ("key", v)]
+    of_queries = [("query", x) for x in (q, dout, logsumexp, delta)]
+    inputs = [*of_queries, ("key", k), ("key", v)]
     (dq,) = _call(
-        _query_gradient_kernel, static, False, schedules[0], layer, inputs,
+        _attention_dq, plan, False, by_query, layer, inputs,
         outputs=[("query", jax.typeof(q))],
-        scratch=[q.shape[:-3:-1]],
+        scratch=[(q.shape[-1], q.shape[-2])],
         products=3,
     )  # fmt: skip
     dk, dv = _call(
-        _key_value_gradient_kernel, static, True, schedules[1], layer, inputs,
+        _attention_dkv, plan, True, by_key, layer, inputs,
         outputs=[("key", jax.typeof(k)), ("key", jax.typeof(v))],
         scratch=[k.shape[-2:], v.shape[-2:]],
         products=4,
     )  # fmt: skip
-    return dq, dk, dv, None, None
+    return dq, dk, dv, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attend(q, k, v, mask, layer=None, interpret=False) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention between the tokens of frames that see one another.
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    layer: jax.Array | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """As `reference.attend`; without a gradient where `layer` is given.
 
-    Nothing of size tokens x tokens is held. Float32 operands are multiplied at JAX's matmul
-    precision, bfloat16 ones as they are, both with float32 accumulation.
+    Products are accumulated in float32. Those of float32 itself are of
+    `jax_default_matmul_precision`, like all others: bfloat16 where nothing is said.
 
     Args:
-      q: float32 or bfloat16 `[B, N, query E, T, D]`.
-      k, v: `[B, N, key E, T, D]`, or with `layer` `[L, B, N, key E, T, D]`, read in place.
-      mask: bool `[query E, key E]`, True where a frame sees a frame: a NumPy array, or a JAX array
-        where it is known only at run time.
-      layer: int32 scalar, the layer of `k` and `v` to read; they then have no gradient.
-      interpret: what `pl.pallas_call` takes: True emulates the kernel without a TPU.
-
-    Returns:
-      The output, like `q`, and the float32 logsumexp of the scaled scores, `[B, N, query E, T]`.
-      A query that sees nothing has output 0 and logsumexp -1e30.
+      interpret: whether to run the kernels in Pallas's interpreter, on any device.
 
     Raises:
-      ValueError: shapes do not fit, or a frame cannot be cut into blocks (see `blocks`).
+      ValueError: the dtypes do not fit, or a frame cannot be cut into blocks.
     """
-    tokens = q.shape[3]
-    expected = (*q.shape[:2], mask.shape[1], tokens, q.shape[4])
-    if layer is not None:
-        expected = (k.shape[0], *expected)
-    if mask.shape[0] != q.shape[2] or k.shape != expected or v.shape != expected:
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
-            f"a mask of {mask.shape[0]} x {mask.shape[1]} frames and queries {q.shape} call for "
-            f"keys and values {expected}, got {k.shape} and {v.shape}"
+            "pallas_tpu takes q, k and v all in float32 or all in bfloat16, got "
+            f"{q.dtype}, {k.dtype} and {v.dtype}"
         )
-    query, key = blocks(mask.shape[0], tokens), blocks(mask.shape[1], tokens)
-    schedules = tuple(schedule(mask, query, key, by_key) for by_key in (False, True))
-    fixed = isinstance(mask, np.ndarray)
-    static = _Static(
+    tokens = q.shape[3]
+    query, key = (Blocks.choose(frames, tokens) for frames in mask.shape)
+    by_query, by_key = (visits(mask, query, key, by_key) for by_key in (False, True))
+    known = isinstance(mask, np.ndarray)
+    plan = _Plan(
         query,
         key,
-        visits=tuple(int(s.visits) for s in schedules) if fixed else None,
-        live=int(mask.sum() if fixed else mask.size) * tokens**2,
+        lengths=(int(by_query.length), int(by_key.length)) if known else None,
+        live=int(mask.sum() if known else mask.size) * tokens**2,
         interpret=interpret,
     )
-    layer = jnp.asarray([0 if layer is None else layer], jnp.int32)
-    out, logsumexp = _attend(static, query.cut(q), key.cut(k), key.cut(v), schedules, layer)
-    return out.reshape(q.shape), logsumexp.reshape(q.shape[:4])
+    arrays = query.cut(q), key.cut(k), key.cut(v)
+    if layer is None:
+        out, logsumexp = _attend(plan, *arrays, by_query, by_key, jnp.zeros(1, jnp.int32))
+    else:
+        layer = jnp.asarray(layer, jnp.int32).reshape(1)
+        out, logsumexp = _forward(plan, *arrays, by_query, layer)
+    return out.reshape(q.shape), logsumexp.reshape(q.shape[:-1])

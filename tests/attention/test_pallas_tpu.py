@@ -1,0 +1,117 @@
+"""The TPU kernels' numbers, in Pallas's interpreter; `test_tpu_compile` compiles them for TPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cfpp.attention import pallas_tpu, reference
+from tests.attention import compare
+
+attend = functools.partial(pallas_tpu.attend, interpret=True)
+
+
+def blocks_of(monkeypatch, smallest: int, largest: int, forward=(128, 256), backward=(512, 1664)):
+    monkeypatch.setattr(pallas_tpu, "SMALLEST_PART", smallest)
+    monkeypatch.setattr(pallas_tpu, "LARGEST_BLOCK", largest)
+    monkeypatch.setattr(pallas_tpu, "FORWARD_PART", forward)
+    monkeypatch.setattr(pallas_tpu, "BACKWARD_PART", backward)
+
+
+@pytest.mark.parametrize(
+    ("frames", "tokens", "group", "split"),
+    [
+        (42, 1560, 1, 1),  # Wan at 480p: a frame is a block
+        (21, 3600, 1, 3),  # and at 720p: a third of a frame
+        (5, 2025, 1, 3),  # no divisor is a multiple of 8
+        (32, 256, 4, 1),  # 6 frames would fit, but do not divide 32
+        (7, 64, 7, 1),
+        (62, 1, 31, 1),
+        (37, 1, 1, 1),
+    ],
+)
+def test_blocks_cut_frames_evenly(frames, tokens, group, split):
+    blocks = pallas_tpu.Blocks.choose(frames, tokens)
+    assert blocks == (group, split, group * tokens // split)
+
+
+@settings(deadline=None)
+@given(compare.masks(), st.sampled_from([(4, 20), (9, 10), (40, 40), (2, 4)]), st.booleans())
+def test_visits_spell_out_the_mask(mask, tokens_largest, by_key):
+    """Every visible pair of tokens is met once, no pair of blocks without one, none left out."""
+    tokens, largest = tokens_largest
+    with pytest.MonkeyPatch.context() as patch:
+        blocks_of(patch, 1, largest)
+        query, key = (pallas_tpu.Blocks.choose(frames, tokens) for frames in mask.shape)
+    outer, inner, kind, bits, length = pallas_tpu.visits(mask, query, key, by_key)
+    assert len(outer) == length
+    seen = mask.repeat(tokens, 0).repeat(tokens, 1)
+    found = np.zeros_like(seen)
+    for visit in range(length):
+        i, j = (inner, outer)[not by_key][visit], (outer, inner)[not by_key][visit]
+        rows, columns = slice(i * query.rows, (i + 1) * query.rows), slice(j * key.rows, None)
+        frames = bits[visit * query.group : (visit + 1) * query.group, None]
+        block = frames >> np.arange(key.group) & 1 == 1
+        block = block.repeat(query.rows // query.group, 0).repeat(key.rows // key.group, 1)
+        assert kind[visit] == block.any().astype(int) + block.all()
+        assert kind[visit] or not seen[rows].any() or by_key
+        found[rows, columns][:, : key.rows] |= block
+    np.testing.assert_array_equal(found, seen)
+    assert (np.diff(outer) >= 0).all()  # an output block is written in one run of visits
+    assert set(outer) == set(range(max(outer) + 1))
+
+
+def test_visits_of_a_mask_known_at_run_time():
+    mask = np.random.default_rng(0).random((6, 4)) < 0.4
+    query, key = pallas_tpu.Blocks(2, 1, 8), pallas_tpu.Blocks(1, 1, 4)
+    for by_key in (False, True):
+        expected = pallas_tpu.visits(mask, query, key, by_key)
+        found = jax.jit(lambda m, b=by_key: pallas_tpu.visits(m, query, key, b))(mask)
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(ours.reshape(-1)[: theirs.size], theirs.reshape(-1))
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    compare.masks(),
+    st.sampled_from([1, 3, 8, 24, 40]),
+    st.sampled_from([24, 32, 64, 128]),
+    st.sampled_from([{}, {"smallest": 4, "largest": 24, "forward": (8, 16), "backward": (16, 8)}]),
+    st.booleans(),
+)
+def test_any_mask(mask, tokens, head_dim, sizes, traced):
+    """Frames grouped and cut, scores in one part and in many, masks static and not."""
+    with pytest.MonkeyPatch.context() as patch:
+        if sizes:
+            blocks_of(patch, **sizes)
+        compare.check(attend, mask, tokens, head_dim, traced=traced)
+
+
+@pytest.mark.parametrize(("tokens", "traced"), [(24, True), (40, False)])
+def test_bfloat16(monkeypatch, tokens, traced):
+    """Within twice the rounding error of the reference; five frames a block, and one."""
+    blocks_of(monkeypatch, 8, 120, forward=(64, 64))
+    compare.check(attend, np.tri(5, dtype=bool), tokens, 32, "bfloat16", traced)
+
+
+def test_a_layer_of_many_is_read_in_place():
+    mask = np.array([[True, False, True]])
+    (q, k, v), _ = compare.inputs(mask, 24, 24)
+    stacked = (jnp.stack([jnp.full_like(x, jnp.nan), x]) for x in (k, v))
+    out, logsumexp = jax.jit(attend)(q, *stacked, jnp.asarray(mask), layer=jnp.int32(1))
+    expected, expected_logsumexp = reference.attend(q, k, v, mask)
+    assert compare.error(out, expected) < 2e-6
+    assert compare.error(logsumexp, expected_logsumexp) < 2e-6
+
+
+def test_what_cannot_be():
+    x = jnp.zeros((1, 1, 1, 4001, 8))
+    with pytest.raises(ValueError, match="128 to 1664 tokens, which 4001 tokens do not allow"):
+        attend(x, x, x, np.ones((1, 1), bool))
+    x = jnp.zeros((1, 1, 1, 4, 8), jnp.float16)
+    with pytest.raises(ValueError, match="got float16, float16 and float16"):
+        attend(x, x, x, np.ones((1, 1), bool))

@@ -1,0 +1,95 @@
+"""The TPU kernels through the real TPU compiler, without a TPU: layouts and memory must fit."""
+
+import importlib.util
+import os
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cfpp.attention import pallas_tpu
+from cfpp.attention.pattern import Pattern, teacher_forced_entries
+from cfpp.parallel import topology
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+
+HEADS = PartitionSpec(None, "heads")
+STACKED_HEADS = PartitionSpec(None, None, "heads")
+EVERYWHERE = PartitionSpec()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment():
+    with mock.patch.dict(os.environ):
+        topology.prepare_environment()
+        yield
+
+
+def kernels(name: str, function, arguments, out_specs) -> list[str]:
+    """Compiles `function` for a topology, heads over devices; the kernels that it calls.
+
+    Args:
+      arguments: (shape, dtype, PartitionSpec) of each.
+    """
+    mesh = Mesh(np.array(topology.devices(name)), ("heads",))
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in arguments
+    ]
+    specs = tuple(spec for _, _, spec in arguments)
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False
+    )
+    program = jax.jit(mapped).lower(*shapes).compile().as_text()
+    return sorted(
+        kernel
+        for kernel in ("attention_forward", "attention_dq", "attention_dkv")
+        for line in program.splitlines()
+        if "tpu_custom_call" in line and kernel in line.split("=")[0]
+    )
+
+
+def gradients(mask):
+    def run(q, k, v, d_out, d_logsumexp):
+        _, pullback = jax.vjp(lambda *qkv: pallas_tpu.attend(*qkv, mask), q, k, v)
+        return pullback((d_out, d_logsumexp))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "frames", "tokens", "head_dim"),
+    [
+        ("v5e:2x2", 12, 21, 1560, 128),  # Wan 2.1 1.3B
+        ("v5p:2x2x1", 12, 21, 1560, 128),
+        ("v6e:2x2", 12, 21, 1560, 128),
+        ("v5p:2x2x1", 40, 21, 1560, 128),  # 14B
+        ("v5e:2x2", 8, 4, 24, 24),  # several frames a block, masked inside
+    ],
+)
+def test_training_compiles(name, heads, frames, tokens, head_dim):
+    entries = teacher_forced_entries(frames)
+    shape = (1, heads, 2 * frames, tokens, head_dim)
+    x, statistic = (shape, jnp.bfloat16, HEADS), (shape[:-1], jnp.float32, HEADS)
+    run = gradients(Pattern().mask(entries, entries))
+    found = kernels(name, run, [x, x, x, x, statistic], (HEADS, HEADS, HEADS))
+    assert found == ["attention_dkv", "attention_dq", "attention_forward"]
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "queries"), [("v5e:2x2", 12, 2), ("v5p:2x2x1", 40, 1), ("v6e:2x2", 12, 1)]
+)
+def test_attention_to_a_cache_compiles(name, heads, queries):
+    """Against 21 slots, of which those that are filled are known at run time."""
+    cache = (30, 1, heads, 21, 1560, 128), jnp.bfloat16, STACKED_HEADS
+    arguments = [
+        ((1, heads, queries, 1560, 128), jnp.bfloat16, HEADS), cache, cache,
+        ((queries, 21), bool, EVERYWHERE), ((), jnp.int32, EVERYWHERE),
+    ]  # fmt: skip
+    found = kernels(name, pallas_tpu.attend, arguments, (HEADS, HEADS))
+    assert found == ["attention_forward"]
