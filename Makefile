@@ -1,5 +1,6 @@
 # make quickstart   set up, then train and evaluate a small model on the CPU
 # make test         set up, then lint and test
+# make test-slow    the tests that take minutes each
 # make install      set up only: .venv with the pinned dependencies and this package
 # PYTHON=python3.12 before any of these chooses the interpreter (3.11 or newer).
 
@@ -7,20 +8,33 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+LIBTPU := $(VENV)/libtpu
 
-.PHONY: install quickstart test lint
+.PHONY: install quickstart test test-slow lint
 
 install: $(INSTALLED)
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m cfpp.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-test: lint
-	$(BIN)/python -m pytest
+test: lint $(LIBTPU)/installed
+	$(PYTEST) -m "not slow"
+
+test-slow: $(LIBTPU)/installed
+	$(PYTEST) -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+PYTEST = PYTHONPATH=$(CURDIR)/$(LIBTPU) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto
+
+# The TPU's compiler works without a TPU. It has a place of its own, for tests: where JAX finds it,
+# every program looks for TPUs first and complains that there are none.
+$(LIBTPU)/installed: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+	  --constraint constraints.txt --upgrade --target $(LIBTPU) libtpu
+	@touch $@
 
 # Reinstalls when the list of dependencies changes, and after an interrupted installation.
 $(INSTALLED): setup.py constraints.txt

