@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
-
 import jax
 import jax.numpy as jnp
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 sys.path.append(str(RESULTS.parents[1]))  # where `configs` is
