@@ -14,9 +14,9 @@ frame-wise in training; one frame against a cache of 21 in the rollout. For each
     flops       needed by a head for the visible scores, counted by hand
     flops_per_bundle    the three together: flops / (visits * bundles)
 
-A bundle takes a cycle or longer, so this is no measurement of time: the compiler gives no time for
-a kernel, and none is made up here. Splash attention is compiled without a mask, which flatters it:
-in reality a third kind of block, those seen in part, needs one.
+A bundle takes a cycle or longer and a visit costs something besides, so this is no measurement of
+time: the compiler gives no time for a kernel, and none is made up here. Splash attention is
+compiled without a mask, which flatters it: the blocks that it sees in part need one.
 
 Writes `benchmarks/results/tpu_compile.json`.
 """

@@ -36,9 +36,9 @@ from cfpp.attention.schedule import RESIDUAL, Mask
 
 SMALLEST_PART, LARGEST_BLOCK = 128, 1664  # tokens; the kernels at the latter fill a v5e's 16 MiB
 
-# (keys, queries) whose scores are computed at a time: the compiler's schedules for v5e and v6e keep
-# the matrix units busiest with these. The forward pass has a chain of maxima to wait for, so its
-# scores are computed AHEAD parts early.
+# (keys, queries) whose scores are computed at a time: of those tried, these keep the matrix units
+# busiest in the compiler's schedules for v5e and v6e (benchmarks/tpu_compile.py). The forward pass
+# has a chain of maxima to wait for, so its scores are computed AHEAD parts early.
 FORWARD_PART = 128, 256
 BACKWARD_PART = 512, LARGEST_BLOCK
 AHEAD = 2
@@ -273,7 +273,7 @@ class _Plan(NamedTuple):
     key: Blocks
     lengths: tuple[int, int] | None  # of the visits by query and by key; None: not known
     live: int  # pairs of tokens that are visible; all pairs where that is not known
-    interpret: bool
+    interpret: bool | pltpu.InterpretParams
 
 
 def _call(kernel, plan, by_key, visits, layer, inputs, outputs, scratch, products):
@@ -384,7 +384,7 @@ def attend(
     v: jax.Array,
     mask: Mask,
     layer: jax.Array | None = None,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `reference.attend`; without a gradient where `layer` is given.
 
@@ -392,7 +392,8 @@ def attend(
     `jax_default_matmul_precision`, like all others: bfloat16 where nothing is said.
 
     Args:
-      interpret: whether to run the kernels in Pallas's interpreter, on any device.
+      interpret: whether to run the kernels in Pallas's interpreter, on any device; or
+        `pltpu.InterpretParams`, to emulate a TPU's memory too.
 
     Raises:
       ValueError: the dtypes do not fit, or a frame cannot be cut into blocks.

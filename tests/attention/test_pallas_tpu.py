@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
 from cfpp.attention import pallas_tpu, reference
 from tests.attention import compare
@@ -96,6 +97,13 @@ def test_bfloat16(monkeypatch, tokens, traced):
     """Within twice the rounding error of the reference; five frames a block, and one."""
     blocks_of(monkeypatch, 8, 120, forward=(64, 64))
     compare.check(attend, np.tri(5, dtype=bool), tokens, 32, "bfloat16", traced)
+
+
+def test_memory_as_on_a_tpu():
+    """Nothing is read that was not written: the emulator of a TPU's memory starts it with NaN."""
+    emulated = functools.partial(pallas_tpu.attend, interpret=pltpu.InterpretParams())
+    mask = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0]], bool)
+    compare.check(emulated, mask, 8, 24)
 
 
 def test_a_layer_of_many_is_read_in_place():
