@@ -43,6 +43,7 @@ def command(*arguments, module="cfpp.main"):
         ([STAGE1, "--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
         ([STAGE1, "--workdir=x", "steps=3"], "unexpected argument 'steps=3'"),
         ([STAGE1], "--workdir is missing"),
+        ([STAGE1, "--workdir=x", "--num_processes=2"], "give --coordinator_address (or JAX_COORD"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(arguments, message):

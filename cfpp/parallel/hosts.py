@@ -8,6 +8,7 @@ once, where JAX's own heartbeat lets the others wait in a collective for 100 s.
 
 import atexit
 import contextlib
+import itertools
 import os
 import socket
 import sys
@@ -18,7 +19,6 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from cfpp.errors import UserError
@@ -29,10 +29,13 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # by all, and each should tell its own.
 GRACE = 5.0
 
+LONGEST_WAIT = 7 * 24 * 3600  # seconds, of processes for each other; the dead are missed before
+
 # Lines between processes: these, or an exit code and the error for which the sender ends.
 PRESENT, FAREWELL = "present", "farewell"
 
 _others: dict[int, socket.socket] = {}  # of process 0: all; of the rest: process 0
+_meetings = itertools.count()
 _ending = threading.Lock()  # taken once, by the thread that ends this process
 
 
@@ -211,11 +214,13 @@ def _end(error: str, code: int) -> NoReturn:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         _tell(f"{code} {error}")
-        if 0 not in _others:  # process 0: when it is gone, JAX aborts the others
+        if jax.process_index() == 0:  # once it is gone, JAX aborts the others
             deadline = time.monotonic() + 2 * GRACE
             for connection in _others.values():
                 while _receive(connection, max(deadline - time.monotonic(), 0.001)):
                     pass
+            if not _others:
+                time.sleep(GRACE)
         os._exit(code)
 
 
@@ -245,9 +250,15 @@ def is_first() -> bool:
 
 
 def meet(where: str) -> None:
-    """Returns once all processes are here; `where` is the same in all of them."""
+    """Returns once all processes are here; `where` is the same in all of them.
+
+    It may take long: no device waits, whose collectives would give up.
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+        from orbax.checkpoint import multihost  # seconds
+
+        barrier = multihost.get_barrier_sync_fn()
+        barrier(key=f"{where} {next(_meetings)}", timeout_ms=LONGEST_WAIT * 1000)
 
 
 def one_after_another(action: Callable[[], object]) -> None:

@@ -26,7 +26,7 @@ DEVICES = 4  # of all processes together
 STEPS = 60
 
 
-def start(log, workdir, index, count, port, changes, failing, pace):
+def start(log, workdir, index, count, port, changes, failing, pace, slurm):
     child = os.fork()
     if child:
         return child
@@ -37,9 +37,17 @@ def start(log, workdir, index, count, port, changes, failing, pace):
     jax.config.update("jax_num_cpu_devices", DEVICES // count)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    os.environ |= dict(
-        zip(hosts.VARIABLES, (f"127.0.0.1:{port}", str(count), str(index)), strict=True)
-    )
+    if slurm:
+        os.environ |= {
+            "SLURM_JOB_ID": str(port),
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": str(count),
+            "SLURM_PROCID": str(index),
+            "SLURM_LOCALID": str(index),
+        }
+    else:
+        values = (f"127.0.0.1:{port}", str(count), str(index))
+        os.environ |= dict(zip(hosts.VARIABLES, values, strict=True))
     hosts.GRACE = 1.0
     for patch in fake.patches():
         patch.start()
@@ -63,13 +71,13 @@ def start(log, workdir, index, count, port, changes, failing, pace):
 class Job:
     """The processes of a job."""
 
-    def __init__(self, workdir, count=2, failing=(), pace=0.0, **changes):
+    def __init__(self, workdir, count=2, failing=(), pace=0.0, slurm=False, **changes):
         with socket.create_server(("", 0)) as server:
             port = server.getsockname()[1]
         self.workdir = workdir
         self.logs = [workdir.with_name(f"{workdir.name}.{index}") for index in range(count)]
         self.children = [
-            start(log, workdir, index, count, port, changes, index in failing, pace)
+            start(log, workdir, index, count, port, changes, index in failing, pace, slurm)
             for index, log in enumerate(self.logs)
         ]
 
@@ -122,7 +130,7 @@ def main(folder: pathlib.Path) -> None:
     found["continued by one"]["losses"] = losses(stopped)
 
     tensor = {"mesh": {"data": 1, "tensor": 4}}  # every process needs every row
-    found["tensor"] = Job(folder / "tensor", **once, **tensor).end()
+    found["tensor"] = Job(folder / "tensor", slurm=True, **once, **tensor).end()
     found["tensor"]["losses"] = losses(folder / "tensor")
 
     found["error of one"] = Job(folder / "error_of_one", failing=(1,)).end()

@@ -72,6 +72,7 @@ def test_one_process_continues_what_two_began(found):
 
 
 def test_processes_that_hold_parts_of_the_model_read_the_same_rows(found):
+    """They are found by Slurm's environment."""
     assert found["tensor"]["codes"] == [0, 0]
     assert_same_losses(found, "tensor")
 
