@@ -1,5 +1,6 @@
 """The notebooks: run from top to bottom, and kept as they should be."""
 
+import os
 import pathlib
 import re
 
@@ -29,7 +30,7 @@ def test_runs_from_top_to_bottom(notebook, path, monkeypatch, tmp_path):
     monkeypatch.setenv("SMOKE", "1")
     monkeypatch.setenv("WORKDIR", str(tmp_path / "run"))
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles faster
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     client = nbclient.NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
     )
