@@ -76,7 +76,7 @@ class Collective:
       kind: 'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all' or 'collective-permute'.
       axes: of the mesh, along which devices exchange.
       shape: of the array that a device has before a reduction and after anything else, as HLO
-        writes it.
+        writes it; several that go together are joined by '+'.
       received: bytes that each device receives each time, by the ring algorithm: g - 1 parts of the
         g of a group, twice that for an all-reduce.
       times: how often a step does it.
@@ -103,21 +103,19 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
             kind = instruction.opcode.removesuffix("-start")
             if kind not in _RECEIVED:
                 continue
-            if kind == "all-reduce" and "all-reduce-scatter" in name:
-                kind = "reduce-scatter"  # a fusion of an all-reduce and a slice
-                shape = instruction.shapes[-1]
+            shapes = instruction.shapes
+            if instruction.opcode == "all-gather-start":
+                shapes = shapes[len(shapes) // 2 :]  # after the operands
+            elif instruction.opcode == "collective-permute-start":
+                shapes = shapes[1:2]  # between the operand and two counters
             elif kind == "reduce-scatter":
-                shape = _operand_shapes(instruction, computations[name])[0]
-            elif instruction.opcode.endswith("-start"):
-                shape = instruction.shapes[1 if kind != "all-reduce" else 0]
-            else:
-                shape = "+".join(instruction.shapes)
+                shapes = [computations[name][operand].shapes[0] for operand in instruction.operands]
+            elif kind == "all-reduce" and "all-reduce-scatter" in name:
+                kind = "reduce-scatter"  # a fusion of an all-reduce and a slice
             group = _group(instruction.text, mesh)
-            size = sum(map(_nbytes, shape.split("+")))
-            received = size * _RECEIVED[kind](len(group))
-            axes = _axes(group, mesh)
-            if axes:
-                found[Collective(kind, axes, shape, received, 0)] += times
+            if axes := _axes(group, mesh):
+                received = sum(map(_nbytes, shapes)) * _RECEIVED[kind](len(group))
+                found[Collective(kind, axes, "+".join(shapes), received, 0)] += times
     rows = [dataclasses.replace(row, times=times) for row, times in found.items()]
     return sorted(rows, key=lambda row: -row.received * row.times)
 
@@ -139,6 +137,8 @@ class _Instruction:
     text: str
 
     def called(self) -> list[str]:
+        if self.opcode in ("async-update", "async-done"):
+            return []  # what async-start called
         names = re.findall(r"\b(?:calls|to_apply|body|condition)=%?([\w.-]+)", self.text)
         for group in re.findall(
             r"\b(?:branch_computations|called_computations)=\{(.*?)\}", self.text
@@ -221,34 +221,32 @@ def _constant(instruction: _Instruction | None) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _operand_shapes(instruction, computation) -> list[str]:
-    return [computation[name].shapes[0] for name in instruction.operands if name in computation]
-
-
 def _nbytes(shape: str) -> int:
     dtype, sizes = re.fullmatch(r"(\w+)\[([\d,]*)\]", shape).groups()
     return BYTES.get(dtype, 1) * math.prod(int(size) for size in sizes.split(",") if size)
 
 
 def _group(text: str, mesh: jax.sharding.Mesh) -> np.ndarray:
-    """The positions, in the flattened mesh, of the devices that exchange with the first of them."""
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}(.*?)\}\}?", text):
-        pairs = re.findall(r"\{(\d+),(\d+)\}", text[text.index("source_target_pairs=") :])
-        return np.array(next((list(map(int, p)) for p in pairs if p[0] != p[1]), [0]))
-    if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return np.array([int(i) for i in groups.group(1).split(",")])
-    if groups := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, source, order = (
-            [int(i) for i in g.split(",")] if g else None for g in groups.groups()
-        )
-        devices = np.arange(math.prod(source)).reshape(source)
-        return devices.transpose(order).reshape(shape)[0] if order else devices.reshape(shape)[0]
-    if groups := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups.group(1)))
+    """The positions in the flattened mesh of some devices that exchange with one another.
+
+    They are written as a list, as a reshaped and transposed range, as axes of a mesh, or as the
+    pairs of a permutation, of which any one tells the direction.
+    """
+    if "source_target_pairs=" in text:
+        pairs = re.findall(r"\{(\d+),(\d+)\}", text.partition("source_target_pairs=")[2])
+        return np.array(next(pair for pair in pairs if pair[0] != pair[1]), int)
+    numbers = lambda group: [int(number) for number in group.split(",")]
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return np.array(numbers(found.group(1)))
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, source, order = found.groups()
+        devices = np.arange(mesh.size).reshape(numbers(source))
+        return devices.transpose(order and numbers(order)).reshape(numbers(shape))[0]
+    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
         devices = np.arange(mesh.size).reshape([int(size) for size in sizes.values()])
-        chosen = re.findall(r"'(\w+)'", groups.group(2))
-        where = tuple(slice(None) if name in chosen else 0 for name in sizes)
-        return devices[where].ravel()
+        chosen = re.findall(r"'(\w+)'", found.group(2))
+        return devices[tuple(slice(None) if name in chosen else 0 for name in sizes)].ravel()
     return np.arange(mesh.size)
 
 
