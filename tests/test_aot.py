@@ -1,5 +1,6 @@
 import dataclasses
 import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -112,6 +113,7 @@ def test_what_does_not_fit(aot):
     assert "--config.model.remat=full" in aot.advice(config, report(aot, fits=False))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
 def test_a_step_compiles_for_a_slice(tmp_path):
     """The whole command, on a stage in miniature whose tokens are divided."""

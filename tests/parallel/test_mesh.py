@@ -59,7 +59,12 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("stage", ["bidirectional", "ar_diffusion", "consistency", "ode", "dmd"])
+SLOW = ("bidirectional", "consistency", "ode", "dmd")
+
+
+@pytest.mark.parametrize(
+    "stage", ["ar_diffusion", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_every_mesh_computes_the_same(stage):
     """Tokens divided; the 4 heads divide by context and tensor, or do not (1, 1, 4, 2)."""
     done = subprocess.run([sys.executable, "-c", PROGRAM, stage], capture_output=True, text=True)
