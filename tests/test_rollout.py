@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cfpp import flow
+from cfpp.attention.pattern import Pattern
 from cfpp.errors import UserError
 from cfpp.rollout.generate import Rollout, euler, for_stage
 from configs import stage3
@@ -33,6 +34,32 @@ def test_euler_rollout_is_the_solver_on_the_exact_history():
         level = lambda s: jnp.full((2, 3), s)
         x = flow.euler_step(x, velocity(x, level(a)), level(a), level(b))
     tiny.close(out.x0, x, 1e-4)
+
+
+def test_first_chunk_of_another_length():
+    """A stream goes on under another pattern: 3 frames at once, then one by one."""
+    net = tiny.network(Pattern(chunk=1, first_chunk=3))
+    params, sampler = tiny.params(net), euler(1, 3.0)
+    long = Rollout(tiny.network(Pattern(chunk=3)), sampler, fused=False)
+    short = Rollout(net, sampler, fused=False)
+    actions, noise = tiny.actions(5), tiny.latents(net, 5, seed=1)
+
+    @jax.jit
+    def generate(params):
+        stream = long.start(params, tiny.latents(net, 0), {"actions": actions[:, :0]}, 5)
+        parts = []
+        for rollout, i in ((long, 0), (short, 3), (short, 4)):
+            part = np.s_[:, i : i + rollout.network.pattern.chunk]
+            levels = jnp.asarray(sampler.sigmas[1])
+            stream, chunk = rollout.chunk(
+                params, stream, actions[part], lambda *_, part=part: noise[part], levels, 0
+            )
+            parts.append(chunk.x0)
+        return jnp.concatenate(parts, 1)
+
+    clip = generate(params)
+    velocity = jax.jit(net.teacher_forced(params, clip, {"actions": actions}))
+    tiny.close(noise - velocity(noise, jnp.ones((2, 5))), clip, 1e-4)
 
 
 def test_students_take_the_positions_they_were_trained_for():
