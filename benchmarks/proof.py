@@ -195,7 +195,7 @@ def draw_consistency(results: dict) -> None:
 
 def draw_race(results: dict) -> None:
     """CD against ODE by teacher steps: one run, its ratio by error, and the steps by rate."""
-    out, (left, middle, right) = figure(3, 11)
+    out, (left, middle, right) = figure(3, 10.5)
     found = results["race"]
     curves = {name: np.array(curve) for name, curve in found["curves"].items()}
     labels = {"cd": (BLUE, "causal CD"), "ode": (ORANGE, "causal ODE")}
