@@ -137,7 +137,7 @@ MUTATIONS = (
     Mutation(
         "ring_off_by_one", "cache slots are off by one after the first round",
         "cfpp/attention/cache.py", "ring = self.sink + (frame - self.sink) %",
-        "ring = self.sink + (frame - self.sink + frame // self.slots) %", CACHED,
+        "ring = self.sink + (frame - self.sink - (frame >= self.slots)) %", CACHED,
     ),
     Mutation(
         "rotary_in_cache", "rotary positions count from the entries, not from the clip",
