@@ -302,9 +302,10 @@ MUTATIONS = (
         "stream = stream.replace(pending_actions=stream.pending_actions)", FUSED,
     ),
     Mutation(
-        "given_over_sink", "given frames fill the ring and the sink's room",
-        "cfpp/rollout/generate.py", "frame >= given - (slots - pattern.sink)",
-        "frame >= given - slots", FUSED,
+        "given_without_sink", "of more given frames than the cache holds the sink is not written",
+        "cfpp/rollout/generate.py",
+        "(frame < pattern.sink) | (frame >= given - (slots - pattern.sink))",
+        "frame >= given - (slots - pattern.sink)", FUSED,
     ),
     Mutation(
         "rollout_unguided", "a guided rollout is guided towards its own condition",
