@@ -15,7 +15,7 @@ JOBS = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}
 
 # Training steps of the four stages.
 STEPS = {
-    "": (100, 900, 250, 50),
+    "": (150, 1700, 300, 60),
     "smoke": (4, 6, 4, 2),
     "atari": (100, 900, 200, 40),
     "long": (3000, 5000, 1500, 300),
