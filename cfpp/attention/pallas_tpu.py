@@ -349,7 +349,8 @@ def _attend(plan, q, k, v, by_query, by_key, layer):
 
 
 def _attend_forward(plan, q, k, v, by_query, by_key, layer):
-    out, logsumexp = _forward(plan, q, k, v, by_query, layer)
+    # Not `_forward` itself: a kernel whose results are kept would be run again all the same.
+    out, logsumexp = _attend(plan, q, k, v, by_query, by_key, layer)
     out, logsumexp = (checkpoint_name(x, RESIDUAL) for x in (out, logsumexp))
     return (out, logsumexp), (q, k, v, by_query, by_key, layer, out, logsumexp)
 
