@@ -31,7 +31,7 @@ VIDEO_FRAMES = 4  # in one latent frame of Wan's VAE
 # What differs from Wan 2.1 1.3B: fields of `config.model`, frames of a clip, tokens of its text.
 SMALL = dict(
     dim=384, ffn_dim=1536, heads=6, layers=8, height=32, width=32, text_dim=64,
-    dtype="float32", remat="none",
+    dtype="float32", remat="save_attention",
 )  # fmt: skip
 SIZES = {"wan_1_3b": ({}, 21, 512), "20m": (SMALL, 16, 16)}
 

@@ -25,8 +25,9 @@ from cfpp.attention import schedule
 from cfpp.attention.reference import NOTHING
 from cfpp.attention.schedule import Mask, StaticMask
 
-# Tokens of a block: enough to keep a matrix product busy, few enough for a cache and to skip much.
-SMALLEST, LARGEST = 32, 128
+# Tokens of a block of keys: enough to keep a matrix product busy, few enough for a CPU's cache and
+# to skip much of a mask. Blocks of queries are of two frames, or parts of frames, at least.
+SMALLEST, LARGEST = 32, 256
 
 
 def attend(
@@ -36,7 +37,7 @@ def attend(
     frames, tokens = k.shape[-3:-1]
     parts = next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n <= LARGEST)
     group = max(1, min(SMALLEST // tokens, 31))
-    query_group, key_group = min(group, len(mask)), min(group, frames)
+    query_group, key_group = min(max(group, 2), len(mask)), min(group, frames)
     if layer is not None:  # filling up the last block would copy the whole cache
         key_group = next(n for n in range(key_group, 0, -1) if frames % n == 0)
     mask = schedule.split(mask, parts)
@@ -94,7 +95,8 @@ class _Table:
         rows, columns, tokens = self.sizes.query_group, self.sizes.key_group, self.sizes.tokens
         bits = jax.lax.dynamic_slice(self.bits, (i * rows, j), (rows, 1))
         visible = (bits >> np.arange(columns)) & 1 == 1  # [query_group, key_group]
-        visible = jnp.repeat(jnp.repeat(visible, tokens, 0), tokens, 1)
+        visible = jnp.broadcast_to(visible[:, None, :, None], (rows, tokens, columns, tokens))
+        visible = visible.reshape(rows * tokens, columns * tokens)
         return jnp.where(visible, s, NOTHING), visible
 
 
