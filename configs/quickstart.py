@@ -2,7 +2,7 @@
 
     python -m cfpp.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Twelve minutes on two CPU cores (docs/quickstart.md). Variants: `configs/quickstart.py:smoke` is
+Ten minutes on two CPU cores (docs/quickstart.md). Variants: `configs/quickstart.py:smoke` is
 the same in miniature, `:atari` the same on Boxing, `:long` trains longer, with the bidirectional
 base as stage 3's real score; neither of these two has been measured yet.
 """
