@@ -10,6 +10,18 @@ from cfpp.attention.reference import NOTHING
 from cfpp.attention.schedule import StaticMask
 
 
+def lowered_for_cuda(function, shapes, calls) -> list[int]:
+    """How often each of `calls`, names of custom calls, is in `function` lowered for an H100."""
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("gpu",), abstract_device=device)
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(call) for call in calls]
+    with jax.sharding.use_abstract_mesh(mesh):  # JAX 0.11 asks for the device's kind
+        exported = jax.export.export(
+            jax.jit(function), platforms=["cuda"], disabled_checks=allowed
+        )(*shapes)
+    return [exported.mlir_module().count(call) for call in calls]
+
+
 @st.composite
 def masks(draw):
     """Bool `[query frames, key frames]`: any, so frames that see nothing or everything too."""

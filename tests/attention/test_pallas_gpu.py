@@ -60,12 +60,8 @@ def test_what_cannot_be():
 
 def cuda_kernels(function, *shapes) -> int:
     """The number of Triton kernels in `function`, lowered for CUDA."""
-    call = "__gpu$xla.gpu.triton"
-    allowed = [jax.export.DisabledSafetyCheck.custom_call(call)]
-    exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=allowed)(
-        *shapes
-    )
-    return exported.mlir_module().count(call)
+    [count] = compare.lowered_for_cuda(function, shapes, ["__gpu$xla.gpu.triton"])
+    return count
 
 
 @pytest.mark.parametrize("heads", [12, 40])
