@@ -4,7 +4,7 @@
 
 Ten minutes on two CPU cores (docs/quickstart.md). Variants: `configs/quickstart.py:smoke` is
 the same in miniature, `:atari` the same on Boxing, `:long` trains longer, with the bidirectional
-base as stage 3's real score; neither of these two has been measured yet.
+base as stage 3's real score, and has not been measured yet.
 """
 
 import ml_collections

@@ -10,6 +10,7 @@ from cfpp.errors import UserError
 from cfpp.parallel import mesh
 
 PROGRAM = """
+import itertools
 import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
@@ -45,7 +46,13 @@ def run(**axes):
     kernel = state.params["model"]["blocks"]["mlp_in"]["kernel"]
     return losses, kernel.addressable_shards[0].data.size / kernel.size
 
+every = [
+    sizes
+    for sizes in itertools.product((1, 2, 4, 8), repeat=4)
+    if np.prod(sizes) == 8 and max(sizes[2:]) <= 4  # 4 tokens, 4 heads
+]
 meshes = {
+    "bidirectional": every,
     "ar_diffusion": [(2, 1, 2, 2), (1, 1, 4, 2)],
     "dmd": [(1, 2, 4, 1), (1, 1, 4, 2)],
 }
