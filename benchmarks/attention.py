@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import measuring
 import numpy as np
 
-from cfpp.attention import dispatch, pallas_gpu
+from cfpp.attention import dispatch, pallas_gpu, schedule
 from cfpp.attention.pattern import Pattern, teacher_forced_entries
 
 Attend = Callable[..., jax.Array]  # (q, k, v, mask, layer=None) -> out
@@ -87,7 +87,7 @@ def arrays(size: Size, *shapes: tuple[int, ...]) -> list[jax.Array]:
 def by_name(name: str) -> Attend:
     """An implementation by its name in `config.model.attention`."""
     return lambda q, k, v, mask, layer=None: dispatch.attend(
-        name, q, [(k, v, dispatch.keep_static(mask), layer)]
+        name, q, [(k, v, schedule.keep_static(mask), layer)]
     )
 
 

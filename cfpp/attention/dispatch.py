@@ -2,9 +2,8 @@
 
 Every implementation is a function `attend(q, k, v, mask, layer) -> (out, logsumexp)` that computes
 what `reference.attend` does; with `layer` it need not have a gradient. Those of libraries have no
-logsumexp, and so cannot attend to a cache. Attention over several sets
-of keys, such as a cache and the entries' own, is attention over each, merged: with o_p, L_p of
-part p,
+logsumexp, and so cannot attend to a cache. Attention over several sets of keys, such as a cache and
+the entries' own, is attention over each, merged: with o_p, L_p of part p,
 
     o = sum_p exp(L_p - L) o_p,    L = log sum_p exp(L_p).
 """
@@ -16,10 +15,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 
-from cfpp.attention.schedule import Mask, StaticMask
+from cfpp.attention.schedule import Mask, StaticMask, plain
 from cfpp.errors import UserError
 from cfpp.parallel import context, mesh
 
@@ -52,11 +50,6 @@ IMPLEMENTATIONS = {
 AUTO = {"cpu": "xla", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}
 
 
-def keep_static(mask: Mask) -> StaticMask | jax.Array:
-    """A mask in a form that goes through `jax.lax.scan` unchanged: a NumPy one stays NumPy."""
-    return StaticMask(mask) if isinstance(mask, np.ndarray) else mask
-
-
 def attend(
     name: str,
     q: jax.Array,
@@ -68,7 +61,7 @@ def attend(
       name: one of `IMPLEMENTATIONS`, or 'auto'.
       q: `[batch, heads, query frames, tokens, head_dim]`.
       parts: of each set (k, v, mask, layer) as `reference.attend` takes them, masks by
-        `keep_static`.
+        `schedule.keep_static`.
 
     Returns:
       Like q.
@@ -83,9 +76,9 @@ def attend(
     implementation = context.per_device(choose(name, platform))
     results = []
     for k, v, mask, layer in parts:
-        _check_shapes(q, k, v, _plain(mask), layer)
+        _check_shapes(q, k, v, plain(mask), layer)
         if layer is None:
-            results.append(implementation(q, k, v, _plain(mask)))
+            results.append(implementation(q, k, v, plain(mask)))
         else:
             results.append(_attend_layer(implementation, q, k, v, mask, layer))
     if len(results) == 1:
@@ -99,14 +92,10 @@ def attend(
     return sum(weighted).astype(q.dtype)
 
 
-def _plain(mask: StaticMask | jax.Array) -> Mask:
-    return mask.mask if isinstance(mask, StaticMask) else mask
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_layer(implementation, q, k, v, mask, layer):
     """Attention to one of several layers' keys, read in place; only the gradient takes it out."""
-    return implementation(q, k, v, _plain(mask), layer)
+    return implementation(q, k, v, plain(mask), layer)
 
 
 def _attend_layer_forward(implementation, q, k, v, mask, layer):
@@ -115,7 +104,7 @@ def _attend_layer_forward(implementation, q, k, v, mask, layer):
 
 def _attend_layer_backward(implementation, residuals, cotangents):
     q, k, v, mask, layer = residuals
-    attend_one = lambda q, k, v: implementation(q, k, v, _plain(mask))
+    attend_one = lambda q, k, v: implementation(q, k, v, plain(mask))
     _, pullback = jax.vjp(attend_one, q, k[layer], v[layer])
     dq, dk, dv = pullback(cotangents)
     # Mostly unused, and then never computed: a cache carries no gradient.

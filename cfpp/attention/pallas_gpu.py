@@ -25,7 +25,7 @@ from jax.experimental.pallas import triton
 
 from cfpp.attention import pallas_hopper
 from cfpp.attention.reference import NOTHING
-from cfpp.attention.schedule import RESIDUAL, Mask, StaticMask
+from cfpp.attention.schedule import RESIDUAL, Mask, keep_static, plain
 from cfpp.attention.visits import Visits, visits
 
 LOG2E = math.log2(math.e)
@@ -245,20 +245,16 @@ def _sides(plan: _Plan, q, k, rows_are_keys: bool = False) -> dict[str, _Sequenc
     }
 
 
-def _plain(mask: StaticMask | jax.Array) -> Mask:
-    return mask.mask if isinstance(mask, StaticMask) else mask
-
-
 def _tables(plan: _Plan, mask, rows_are_keys: bool = False) -> Visits:
     """The schedule by which a kernel visits the columns of its tile."""
-    mask = _plain(mask).T if rows_are_keys else _plain(mask)
+    mask = plain(mask).T if rows_are_keys else plain(mask)
     return visits(mask, plan.tokens, plan.tile.rows, plan.tile.columns)
 
 
 def _forward(plan: _Plan, q, k, v, mask, layer):
     """Output and logsumexp of `q` `[B, N, length, D]`, `k` and `v` `[L, B, N, length, D]`."""
     if plan.backend == "mosaic":
-        return pallas_hopper.forward(q, k, v, _plain(mask), layer, plan.tokens)
+        return pallas_hopper.forward(q, k, v, plain(mask), layer, plan.tokens)
     kernel = functools.partial(_forward_kernel, **_sides(plan, q, k))
     outputs = q, jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
     arrays = *_tables(plan, mask), layer, q, k, v
@@ -321,7 +317,7 @@ def attend(
     length = max(frames, k.shape[-3]) * tokens
     plan = _Plan(tokens, Tile.choose(q.dtype, length, tokens), backend, interpret)
     join = lambda x: x.reshape(*x.shape[:-3], -1, head_dim)  # frames end to end
-    mask = StaticMask(mask) if isinstance(mask, np.ndarray) else mask
+    mask = keep_static(mask)
     if layer is None:
         out, logsumexp = _attend(plan, join(q), join(k), join(v), mask)
     else:

@@ -29,6 +29,16 @@ class StaticMask:
         return isinstance(other, StaticMask) and np.array_equal(self.mask, other.mask)
 
 
+def keep_static(mask: Mask) -> StaticMask | jax.Array:
+    """A mask in a form that goes through `jax.lax.scan` unchanged: a NumPy one stays NumPy."""
+    return StaticMask(mask) if isinstance(mask, np.ndarray) else mask
+
+
+def plain(mask: StaticMask | jax.Array) -> Mask:
+    """Takes `keep_static` back."""
+    return mask.mask if isinstance(mask, StaticMask) else mask
+
+
 class Blocks(NamedTuple):
     """The blocks of keys that each block of queries visits.
 

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from cfpp.attention import schedule
 from cfpp.attention.reference import NOTHING
-from cfpp.attention.schedule import Mask, StaticMask
+from cfpp.attention.schedule import Mask
 
 # Tokens of a block of keys: enough to keep a matrix product busy, few enough for a CPU's cache and
 # to skip much of a mask. Blocks of queries are of two frames, or parts of frames, at least.
@@ -40,8 +40,7 @@ def attend(
     query_group, key_group = min(max(group, 2), len(mask)), min(group, frames)
     if layer is not None:  # filling up the last block would copy the whole cache
         key_group = next(n for n in range(key_group, 0, -1) if frames % n == 0)
-    mask = schedule.split(mask, parts)
-    mask = StaticMask(mask) if isinstance(mask, np.ndarray) else mask
+    mask = schedule.keep_static(schedule.split(mask, parts))
     sizes = _Sizes(tokens // parts, query_group, key_group)
     if layer is not None:
         return _forward(q, k, v, mask, layer, sizes)
@@ -79,12 +78,11 @@ class _Table:
     """The schedule of one call, and the scores of a visit."""
 
     def __init__(self, mask, sizes: _Sizes, head_dim: int):
-        mask = mask.mask if isinstance(mask, StaticMask) else mask
         self.sizes = sizes
-        self.blocks = schedule.blocks(mask, sizes.query_group, sizes.key_group)
+        blocks = schedule.blocks(schedule.plain(mask), sizes.query_group, sizes.key_group)
         # Blocks of one entry are seen as a whole or not at all.
         self.partial = sizes.query_group * sizes.key_group > 1
-        self.count, self.index, self.bits = map(jnp.asarray, self.blocks)
+        self.count, self.index, self.bits = map(jnp.asarray, blocks)
         self.scale = 1 / np.sqrt(head_dim).astype(np.float32)
 
     def scores(self, q, k, i, j):

@@ -442,11 +442,11 @@ class DiT(nn.Module):
         modulation = mesh.constrain(modulation, "batch", None, None, None)
 
         angles = rotary_angles(frame, rows, columns, self.head_dim, self.rotary_base)
-        own = dispatch.keep_static(pattern.mask((frame, copy), (frame, copy)))
+        own = schedule.keep_static(pattern.mask((frame, copy), (frame, copy)))
         history = None
         if cache is not None:
             held = cache.frame, np.full(cache.slots, CLEAN)
-            mask = dispatch.keep_static(pattern.mask((frame, copy), held))
+            mask = schedule.keep_static(pattern.mask((frame, copy), held))
             history = mask, cache.key.astype(h.dtype), cache.value.astype(h.dtype)
         layers = np.arange(self.layers, dtype=np.int32)
         h, key_value = self.blocks(h, (layers, text), modulation, angles, own, history)

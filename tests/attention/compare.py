@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cfpp.attention import reference
 from cfpp.attention.reference import NOTHING
-from cfpp.attention.schedule import StaticMask
+from cfpp.attention.schedule import keep_static, plain
 
 
 def lowered_for_cuda(function, shapes, calls) -> list[int]:
@@ -48,14 +48,12 @@ def results(attend, qkv, cotangents, mask) -> dict[str, np.ndarray]:
 
     @jax.jit
     def run(qkv, cotangents, mask):
-        plain = mask.mask if isinstance(mask, StaticMask) else mask
-        values, pullback = jax.vjp(lambda *qkv: attend(*qkv, plain), *qkv)
+        values, pullback = jax.vjp(lambda *qkv: attend(*qkv, plain(mask)), *qkv)
         d_out, d_logsumexp = cotangents
         dq, dk, dv = pullback((d_out, None if values[1] is None else d_logsumexp))
         return {"out": values[0], "logsumexp": values[1], "dq": dq, "dk": dk, "dv": dv}
 
-    mask = StaticMask(mask) if isinstance(mask, np.ndarray) else mask
-    values = run(qkv, cotangents, mask)
+    values = run(qkv, cotangents, keep_static(mask))
     return {name: np.asarray(x, np.float32) for name, x in values.items() if x is not None}
 
 
@@ -86,3 +84,15 @@ def check(attend, mask, tokens: int, head_dim: int, dtype="float32", traced: boo
     for name, value in values.items():
         allowed = 2e-6 + 2 * error(rounded[name], expected[name])
         assert error(value, expected[name]) < allowed, name
+
+
+def check_layer(attend, tokens: int):
+    """Checks that one layer of several is read, and no other, under a mask of run time."""
+    mask = np.array([[True, False, True]])
+    (q, k, v), _ = inputs(mask, tokens, 24)
+    nothing = lambda x: jnp.full_like(x, jnp.nan)
+    stacked = (jnp.stack([nothing(x), x, nothing(x)]) for x in (k, v))
+    out, logsumexp = jax.jit(attend)(q, *stacked, jnp.asarray(mask), layer=jnp.int32(1))
+    expected, expected_logsumexp = reference.attend(q, k, v, mask)
+    assert error(out, expected) < 2e-6
+    assert error(logsumexp, expected_logsumexp) < 2e-6

@@ -112,7 +112,7 @@ def test_parts_are_merged():
 
     def merged(q, k, v):
         parts = [
-            (stacked(k), stacked(v), dispatch.keep_static(case.mask[:, past[0]]), jnp.int32(1)),
+            (stacked(k), stacked(v), schedule.keep_static(case.mask[:, past[0]]), jnp.int32(1)),
             (k[:, :, past[1]], v[:, :, past[1]], jnp.asarray(case.mask[:, past[1]]), None),
         ]
         return dispatch.attend("xla", q, parts)
@@ -153,9 +153,9 @@ def test_misfits():
     q = jnp.zeros((1, 2, 3, 4, 8))
     with pytest.raises(ValueError, match=r"\(1, 2, 3, 4, 8\), got \(1, 2, 3, 5, 8\)"):
         k = jnp.zeros((1, 2, 3, 5, 8))
-        dispatch.attend("xla", q, [(k, k, dispatch.keep_static(np.ones((3, 3), bool)), None)])
+        dispatch.attend("xla", q, [(k, k, schedule.keep_static(np.ones((3, 3), bool)), None)])
     with pytest.raises(ValueError, match=r"mask of \(3, 2\) does not fit 3 query and 3 key"):
-        dispatch.attend("xla", q, [(q, q, dispatch.keep_static(np.ones((3, 2), bool)), None)])
+        dispatch.attend("xla", q, [(q, q, schedule.keep_static(np.ones((3, 2), bool)), None)])
 
 
 @pytest.mark.parametrize(
@@ -176,6 +176,6 @@ def test_kernels_run_on_a_cpu_by_the_interpreter():
 def test_what_a_library_cannot_do_is_done_by_auto():
     """A cache beside splash: the same as by the reference."""
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 2, 4, 8))
-    own = dispatch.keep_static(np.eye(2, dtype=bool))
+    own = schedule.keep_static(np.eye(2, dtype=bool))
     parts = [(k, v, own, None), (k[None], v[None], jnp.ones((2, 2), bool), jnp.int32(0))]
     close(dispatch.attend("splash", q, parts), dispatch.attend("reference", q, parts))
