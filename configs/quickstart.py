@@ -5,6 +5,8 @@
 Ten minutes on two CPU cores (docs/quickstart.md). Variants: `configs/quickstart.py:smoke` is
 the same in miniature, `:atari` the same on Boxing, `:long` trains longer, with the bidirectional
 base as stage 3's real score, and has not been measured yet.
+
+All stages share one `model` and one `mesh`: `--config.model.attention=xla`, `--config.mesh.fsdp=2`.
 """
 
 import ml_collections
@@ -35,6 +37,10 @@ def get_config(arg: str = ""):
         if arg == "smoke":
             job.optimizer = common.optimizer("adamw", 1e-3)  # compiles faster than Muon
         config[name] = job
+    for group in ("model", "mesh"):  # the very same objects: to set a field of one sets it for all
+        config[group] = config.stage0[group]
+        for name in JOBS:
+            config[name][group] = config[group]
     # Paths that start with '..' are relative to the job's own directory.
     config.stage1.init_from.base = "../stage0"
     config.stage2.init_from.teacher = "../stage1"

@@ -11,6 +11,7 @@ import pytest
 from cfpp import main
 from cfpp.errors import UserError
 from cfpp.train import checkpoint, loop
+from configs import quickstart
 from tests.train import fake
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -51,6 +52,15 @@ def test_mistakes_on_the_command_line_are_one_line(arguments, message):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+def test_stages_of_a_job_share_model_and_mesh():
+    config = quickstart.get_config()
+    config.model.attention = "reference"
+    config.stage2.mesh.fsdp = 2
+    config = config.copy_and_resolve_references()
+    assert {config[job].model.attention for job in config.jobs} == {"reference"}
+    assert {config[job].mesh.fsdp for job in config.jobs} == {2} and config.mesh.fsdp == 2
 
 
 def test_help():
