@@ -1,8 +1,10 @@
-"""The one exception that a user of cfpp is meant to see."""
+"""The one exception that a user of cfpp is meant to see, and the command lines that raise it."""
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -20,3 +22,24 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Of `python -m PROGRAM`: tells a mistake in one line, as all else is told.
+
+    Args:
+      program: the module that is run.
+      description: its docstring, shown as it is by --help.
+    """
+
+    def __init__(self, program: str, description: str):
+        super().__init__(
+            prog=f"python -m {program}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `UserError`."""
+        raise UserError(message)

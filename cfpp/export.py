@@ -3,9 +3,7 @@
 python -m cfpp.export --workdir=runs/stage2 --out=models/student
 """
 
-import argparse
-
-from cfpp.errors import exit_on_user_error
+from cfpp.errors import ArgumentParser, exit_on_user_error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -14,12 +12,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
       arguments: the command line without the program; that of the process if None.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m cfpp.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser("cfpp.export", __doc__)
     parser.add_argument("--workdir", required=True, help="of a stage, or of a job of several")
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
     flags = parser.parse_args(arguments)

@@ -1,5 +1,6 @@
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,13 @@ def test_mistakes_on_the_command_line_are_one_line(arguments, message):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("module", ["rollout", "evaluate", "export", "data.prepare"])
+def test_mistakes_of_other_commands_are_one_line(module):
+    done = command("--wrkdir=x", module=f"cfpp.{module}")
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: .* required.*\n", done.stderr)
 
 
 def test_stages_of_a_job_share_model_and_mesh():

@@ -6,18 +6,15 @@ Training records what is missing by itself; this command does it beforehand, or 
 same numbers in the configuration (`data.episodes`, `data.episode_frames`, ...) find the recording.
 """
 
-import argparse
-
 import ml_collections
 
 from cfpp.data import arena, sources
-from cfpp.errors import UserError, exit_on_user_error
+from cfpp.errors import ArgumentParser, UserError, exit_on_user_error
 
 
 def main() -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser("python -m cfpp.data.prepare", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser("cfpp.data.prepare", __doc__)
     parser.add_argument("--data", required=True, help="arena or atari:<game>, as atari:Boxing")
     parser.add_argument("--directory", default="", help="where; ~/tensorflow_datasets if not given")
     parser.add_argument("--episodes", type=int, default=512, help="train episodes (%(default)s)")
@@ -27,36 +24,33 @@ def main() -> None:
     parser.add_argument("--height", type=int, help="of pictures (arena 32, atari 64)")
     parser.add_argument("--width", type=int, help="of pictures (arena 32, atari 64)")
     flags = parser.parse_args()
-
-    with exit_on_user_error():
-        if flags.data.startswith("tfds:"):
-            raise UserError(
-                f"{flags.data} is prepared by TFDS, not here; give arena or atari:<game>"
-            )
-        size = arena.SIZE if flags.data == "arena" else 64
-        data = ml_collections.ConfigDict(
-            {
-                "name": flags.data,
-                "directory": flags.directory,
-                "frames": flags.episode_frames,
-                "height": size if flags.height is None else flags.height,
-                "width": size if flags.width is None else flags.width,
-                "num_actions": sources.num_actions(flags.data),
-                "video_feature": "video",
-                "action_feature": "actions",
-                "workers": 0,
-                "episodes": flags.episodes,
-                "episode_frames": flags.episode_frames,
-            }
-        )
-        sources.prepare(data)
-        episodes = sources.open_split(data, "train")
-        video = episodes[0]["video"]
-        print(
-            f"{len(episodes)} train episodes of {len(video)} frames {data.height}x{data.width}, "
-            f"{data.num_actions} actions, in {episodes.directory}"
-        )
+    if flags.data.startswith("tfds:"):
+        raise UserError(f"{flags.data} is prepared by TFDS, not here; give arena or atari:<game>")
+    size = arena.SIZE if flags.data == "arena" else 64
+    data = ml_collections.ConfigDict(
+        {
+            "name": flags.data,
+            "directory": flags.directory,
+            "frames": flags.episode_frames,
+            "height": size if flags.height is None else flags.height,
+            "width": size if flags.width is None else flags.width,
+            "num_actions": sources.num_actions(flags.data),
+            "video_feature": "video",
+            "action_feature": "actions",
+            "workers": 0,
+            "episodes": flags.episodes,
+            "episode_frames": flags.episode_frames,
+        }
+    )
+    sources.prepare(data)
+    episodes = sources.open_split(data, "train")
+    video = episodes[0]["video"]
+    print(
+        f"{len(episodes)} train episodes of {len(video)} frames {data.height}x{data.width}, "
+        f"{data.num_actions} actions, in {episodes.directory}"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

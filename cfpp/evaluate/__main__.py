@@ -4,11 +4,10 @@ python -m cfpp.evaluate --workdir=runs/quickstart
 python -m cfpp.evaluate --workdir=runs/stage2 --episodes=128
 """
 
-import argparse
 import dataclasses
 import pathlib
 
-from cfpp.errors import exit_on_user_error
+from cfpp.errors import ArgumentParser, exit_on_user_error
 from cfpp.evaluate import Settings, job
 
 
@@ -18,12 +17,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
       arguments: the command line without the program; that of the process if None.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m cfpp.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser("cfpp.evaluate", __doc__)
     parser.add_argument("--workdir", required=True, help="of a stage, or of a job of several")
     for field in dataclasses.fields(Settings):
         parser.add_argument(

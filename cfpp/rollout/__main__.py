@@ -16,7 +16,7 @@ from tqdm import tqdm
 from cfpp import media
 from cfpp.data import pipeline
 from cfpp.data.actions import held_actions
-from cfpp.errors import UserError, exit_on_user_error
+from cfpp.errors import ArgumentParser, UserError, exit_on_user_error
 from cfpp.rollout import generate
 from cfpp.rollout.stream import Player
 from cfpp.train import checkpoint
@@ -29,7 +29,7 @@ LONGEST_ACTIONS = 10**6  # frames that a given action is held, at most
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="python -m cfpp.rollout", description=__doc__)
+    parser = ArgumentParser("cfpp.rollout", __doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="working directory of a stage or of the quickstart")
     model.add_argument("--checkpoint", help="what python -m cfpp.export wrote")
