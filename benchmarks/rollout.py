@@ -89,7 +89,7 @@ def training_step(size: str, attention: str) -> dict:
     config = job(size, attention)
     stage = ar_diffusion.build(config)
     state = jax.jit(lambda rng: nn.meta.unbox(stage.init(rng, {})))(jax.random.key(0))
-    batch = {"latents": video(config.model, SIZES[size][1]), "text": text(size, config.model)}
+    batch = {"video": video(config.model, SIZES[size][1]), "text": text(size, config.model)}
     rng = jax.random.key(3)
     step = jax.jit(stage.step, donate_argnums=0).lower(state, batch, rng).compile()
     analysis = step.memory_analysis()

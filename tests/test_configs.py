@@ -32,8 +32,8 @@ def test_wan(stage):
     built = loop.build_stage(config)
     assert count(config.model, config.pattern) == WAN_1_3B
     shapes = pipeline.batch_shapes(config)
-    assert shapes.keys() == {"latents", "text"}
-    assert shapes["latents"].shape == (64, 21, 60, 104, 16)
+    assert shapes.keys() == {"video", "text"}
+    assert shapes["video"].shape == (64, 21, 60, 104, 16)
     assert shapes["text"].shape == (64, 512, 4096)
     assert Network.create(config.model, config.pattern).dit.tokens == 1560
     for role in built.required:

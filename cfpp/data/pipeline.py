@@ -127,14 +127,14 @@ def batch_shapes(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeS
       config: of the stage.
 
     Returns:
-      `video` uint8 or `latents` bfloat16 `[B, F, H, W, C]`; `actions` int32 `[B, F]` and `text`
-      bfloat16 `[B, length, text_dim]` where the model takes them.
+      `video` `[B, F, H, W, C]`, uint8, or bfloat16 where it is latents; `actions` int32 `[B, F]`
+      and `text` bfloat16 `[B, length, text_dim]` where the model takes them.
     """
     data, model = config.data, config.model
     clip = (config.batch_size, data.frames)
     picture = (data.height, data.width, model.channels)
-    name, dtype = ("latents", jnp.bfloat16) if data.latents else ("video", jnp.uint8)
-    shapes = {name: jax.ShapeDtypeStruct(clip + picture, dtype)}
+    dtype = jnp.bfloat16 if data.latents else jnp.uint8
+    shapes = {"video": jax.ShapeDtypeStruct(clip + picture, dtype)}
     if data.num_actions:
         shapes["actions"] = jax.ShapeDtypeStruct(clip, jnp.int32)
     if data.text_tokens:

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 
 
 def encode(video: jax.Array) -> jax.Array:
-    """Maps uint8 video to float32 latents in [-1, 1]. Floats are latents already, and stay."""
+    """Maps uint8 video to float32 latents in [-1, 1]. Floats are latents already."""
     if jnp.issubdtype(video.dtype, jnp.floating):
-        return video
+        return video.astype(jnp.float32)
     return video.astype(jnp.float32) / 127.5 - 1
 
 

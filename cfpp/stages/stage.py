@@ -69,8 +69,6 @@ def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
 def clip(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
     """Latents and condition of a batch from the input pipeline."""
     condition = {name: batch[name] for name in ("actions", "text") if name in batch}
-    if "latents" in batch:
-        return batch["latents"].astype(jnp.float32), condition
     return codec.encode(batch["video"]), condition
 
 
