@@ -31,6 +31,7 @@ class Row:
       model: what the model is, such as 'Student after CD'.
       method: 'euler' or 'consistency'.
       steps: of the sampler.
+      first_steps: of the sampler for the first chunk.
       workdir: the stage's work directory.
       stage: the `config.stage` of that work directory.
     """
@@ -39,30 +40,35 @@ class Row:
     model: str
     method: str
     steps: int
+    first_steps: int
     workdir: pathlib.Path
     stage: str
 
     @property
     def name(self) -> str:
         """Model and steps, for people."""
-        return f"{self.model}, {self.steps} step{'s' * (self.steps > 1)}"
+        first = f", first frame {self.first_steps}" if self.first_steps != self.steps else ""
+        return f"{self.model}, {self.steps} step{'s' * (self.steps > 1)}{first}"
 
 
-# Every row of the table, in its order: key, model, stage, method, steps.
+# Every row of the table, in its order: key, model, stage, method, steps, and those of the first
+# chunk.
 _ROWS = (
-    ("ar", "AR teacher", "ar_diffusion", "euler", 48),
-    ("ar", "AR teacher, undistilled", "ar_diffusion", "consistency", 1),
-    ("ar", "AR teacher, undistilled", "ar_diffusion", "consistency", 2),
-    ("ode", "Student after causal ODE", "ode", "consistency", 1),
-    ("ode", "Student after causal ODE", "ode", "consistency", 2),
-    ("ode", "Student after causal ODE", "ode", "consistency", 4),
-    ("cd", "Student after CD", "consistency", "consistency", 1),
-    ("cd", "Student after CD", "consistency", "consistency", 2),
-    ("cd", "Student after CD", "consistency", "consistency", 4),
-    ("dmd", "Student after DMD", "dmd", "consistency", 1),
-    ("dmd", "Student after DMD", "dmd", "consistency", 2),
-    ("dmd", "Student after DMD", "dmd", "consistency", 4),
-    ("base", "Bidirectional base", "bidirectional", "euler", 48),
+    ("ar_48", "AR teacher", "ar_diffusion", "euler", 48, 48),
+    ("ar_1", "AR teacher, undistilled", "ar_diffusion", "consistency", 1, 1),
+    ("ar_2", "AR teacher, undistilled", "ar_diffusion", "consistency", 2, 2),
+    ("ode_1", "Student after causal ODE", "ode", "consistency", 1, 1),
+    ("ode_2", "Student after causal ODE", "ode", "consistency", 2, 2),
+    ("ode_4", "Student after causal ODE", "ode", "consistency", 4, 4),
+    ("cd_1", "Student after CD", "consistency", "consistency", 1, 1),
+    ("cd_2", "Student after CD", "consistency", "consistency", 2, 2),
+    ("cd_4", "Student after CD", "consistency", "consistency", 4, 4),
+    ("cd_2_first_4", "Student after CD", "consistency", "consistency", 2, 4),
+    ("dmd_1", "Student after DMD", "dmd", "consistency", 1, 1),
+    ("dmd_2", "Student after DMD", "dmd", "consistency", 2, 2),
+    ("dmd_4", "Student after DMD", "dmd", "consistency", 4, 4),
+    ("dmd_2_first_4", "Student after DMD", "dmd", "consistency", 2, 4),
+    ("base_48", "Bidirectional base", "bidirectional", "euler", 48, 48),
 )
 
 
@@ -105,8 +111,8 @@ def find_stages(
 def find_rows(stages: dict[pathlib.Path, ml_collections.ConfigDict]) -> list[Row]:
     """The rows that the finished stages `{work directory: config}` fill, in the table's order."""
     return [
-        Row(f"{key}_{steps}", model, method, steps, folder, stage)
-        for key, model, stage, method, steps in _ROWS
+        Row(key, model, method, steps, first_steps, folder, stage)
+        for key, model, stage, method, steps, first_steps in _ROWS
         for folder, config in stages.items()
         if config.stage == stage
     ]
@@ -118,7 +124,7 @@ class Model(NamedTuple):
     Attributes:
       stream: maps given frames uint8 `[B, K, H, W, 3]`, actions int32 `[B, K + N]` and a key to
         the frames that follow, as they come: pieces uint8 `[B, n, H, W, 3]`, at least N in all.
-      passes: network passes a frame.
+      passes: network passes a frame, after the first chunk.
     """
 
     stream: Callable[[np.ndarray, np.ndarray, jax.Array], Iterator[np.ndarray]]
@@ -138,8 +144,9 @@ def load(row: Row) -> Model:
         sampler = generate.euler(row.steps, config.shift)
         stream = functools.partial(_blockwise, network, params, sampler, config.data.frames)
         return Model(stream, sampler.steps)
-    rollout = generate.for_stage(config, row.steps)
-    if row.stage == "ar_diffusion" and row.method == "consistency":  # as if it were distilled
+    teacher = row.stage == "ar_diffusion"
+    rollout = generate.for_stage(config, row.steps, None if teacher else row.first_steps)
+    if teacher and row.method == "consistency":  # as if it were distilled
         sampler = generate.consistency(row.steps, config.shift)
         rollout = rollout.replace(sampler=sampler, guidance=1.0)
     passes = rollout.passes / rollout.network.pattern.chunk

@@ -87,9 +87,9 @@ def _meanings(report: Report) -> list[tuple[str, str]]:
         for column in table.columns(report)
     ]
     passes = (
-        "how often the network is evaluated for a frame; the pass that remembers a finished frame "
-        "rides on the first step of the next. The bidirectional base makes its passes over a "
-        "block of frames at once, and cannot stream."
+        "how often the network is evaluated for a frame after the first; the pass that remembers "
+        "a finished frame rides on the first step of the next. The bidirectional base makes its "
+        "passes over a block of frames at once, and cannot stream."
     )
     return [
         ("Passes a frame", passes),

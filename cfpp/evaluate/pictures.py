@@ -76,7 +76,8 @@ def write_video(clips: np.ndarray, path: pathlib.Path) -> None:
 
 _COLORS = {"real": "#181c24", "ar": "#3b6fd4", "ode": "#c2a000", "cd": "#e07b00", "dmd": "#1a9850",
            "base": "#9b59b6"}  # fmt: skip
-_DASHES = {"": (2, 2), "1": (1, 1.2), "2": (), "4": (5, 2), "48": ()}  # by steps
+# By steps.
+_DASHES = {"": (2, 2), "1": (1, 1.2), "2": (), "2_first_4": (8, 1), "4": (5, 2), "48": ()}
 
 
 def _figure(width: float, height: float, panels: int):

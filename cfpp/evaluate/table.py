@@ -20,7 +20,7 @@ class Result(NamedTuple):
     Attributes:
       key: short, fit for file names; 'real' for the real clips.
       name: for people.
-      passes: network passes a frame; None for real clips.
+      passes: network passes a frame, after the first; None for real clips.
       figures: by column.
       video: uint8 `[E, context + frames, H, W, 3]`.
       by_frame: see `measure.by_frame`; None but in the arena.
@@ -214,7 +214,11 @@ def findings(report: Report) -> list[Finding]:
         before, after = row(f"cd_{steps}") or row(f"ode_{steps}"), row(f"dmd_{steps}")
         if before and after:
             found.append(Finding(f"Stage 3 at {_steps(steps)}", _compare(after, before, chief)))
-    final = row("dmd_2") or row("cd_2") or row("ode_2")
+    before, after = row("cd_2_first_4"), row("dmd_2_first_4")
+    if before and after:
+        topic = "Stage 3 at 2 steps, with 4 for the first frame"
+        found.append(Finding(topic, _compare(after, before, chief)))
+    final = row("dmd_2_first_4") or row("dmd_2") or row("cd_2") or row("ode_2")
     if final and teacher:
         faster = final.figures["speed"].mean / teacher.figures["speed"].mean
         text = (

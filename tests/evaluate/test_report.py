@@ -71,7 +71,7 @@ def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
 
     results = json.loads((folder / "results.json").read_text())
     keys = [row["key"] for row in results["rows"]]
-    students = [f"{stage}_{steps}" for stage in ("cd", "dmd") for steps in (1, 2, 4)]
+    students = [f"{stage}_{steps}" for stage in ("cd", "dmd") for steps in (1, 2, 4, "2_first_4")]
     assert keys == ["real", "ar_48", "ar_1", "ar_2", *students, "base_48"]
     real, fake = results["rows"][0]["figures"], results["rows"][1]["figures"]
     assert real["agent_error"]["mean"] < 0.1 and real["intact_4"]["mean"] == 1
@@ -105,7 +105,13 @@ def test_single_stage_and_flags(workdir, monkeypatch):
     flags = [f"--{name}={value}" for name, value in SETTINGS.items() if name != "episodes"]
     command_line.main([f"--workdir={workdir / 'stage2'}", "--episodes=4", *flags])
     results = json.loads((workdir / "stage2" / "report" / "results.json").read_text())
-    assert [row["key"] for row in results["rows"]] == ["real", "cd_1", "cd_2", "cd_4"]
+    assert [row["key"] for row in results["rows"]] == [
+        "real",
+        "cd_1",
+        "cd_2",
+        "cd_4",
+        "cd_2_first_4",
+    ]
     assert results["settings"]["episodes"] == 4 and results["real_score"] is None
 
 

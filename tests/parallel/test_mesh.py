@@ -52,13 +52,12 @@ every = [
     if np.prod(sizes) == 8 and max(sizes[2:]) <= 4  # 4 tokens, 4 heads
 ]
 meshes = {
-    "bidirectional": every,
-    "ar_diffusion": [(2, 1, 2, 2), (1, 1, 4, 2)],
-    "dmd": [(1, 2, 4, 1), (1, 1, 4, 2)],
+    "ar_diffusion": [(2, 1, 2, 2), (1, 1, 4, 2)],  # in the fast tests
+    "dmd": [(1, 2, 4, 1), (1, 1, 4, 2)],  # compiles for 20 s each
 }
 alone, whole = run(data=1, fsdp=1, context=1, tensor=1)
 assert whole == 1
-for data, fsdp, context, tensor in meshes.get(name, [(1, 2, 2, 2)]):
+for data, fsdp, context, tensor in meshes.get(name, every):
     losses, share = run(data=data, fsdp=fsdp, context=context, tensor=tensor)
     np.testing.assert_allclose(losses, alone, rtol=1e-5)
     assert share == 1 / (fsdp * context * tensor), share
