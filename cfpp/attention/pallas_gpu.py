@@ -14,7 +14,7 @@ Dimension letters: B batch, N heads, E entries (frames), T tokens a frame, D hea
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -198,8 +198,8 @@ class _Plan(NamedTuple):
 
     tokens: int
     tile: Tile
-    backend: str  # of the forward pass
-    interpret: bool
+    backend: str
+    interpret: Any
 
 
 def _call(kernel, arrays, outputs, rows: int, plan: _Plan):
@@ -254,7 +254,7 @@ def _tables(plan: _Plan, mask, rows_are_keys: bool = False) -> Visits:
 def _forward(plan: _Plan, q, k, v, mask, layer):
     """Output and logsumexp of `q` `[B, N, length, D]`, `k` and `v` `[L, B, N, length, D]`."""
     if plan.backend == "mosaic":
-        return pallas_hopper.forward(q, k, v, plain(mask), layer, plan.tokens)
+        return pallas_hopper.forward(q, k, v, plain(mask), layer, plan.tokens, plan.interpret)
     kernel = functools.partial(_forward_kernel, **_sides(plan, q, k))
     outputs = q, jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
     arrays = *_tables(plan, mask), layer, q, k, v
@@ -277,6 +277,9 @@ def _attend_backward(plan: _Plan, residuals, cotangents):
     d_out, d_logsumexp = cotangents
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_logsumexp
     arrays = q, k, v, logsumexp, delta, d_out
+    if plan.backend == "mosaic":
+        gradients = pallas_hopper.backward(*arrays, plain(mask), plan.tokens, plan.interpret)
+        return *gradients, None
     kernel = functools.partial(_backward_query_kernel, **_sides(plan, q, k))
     [dq] = _call(kernel, (*_tables(plan, mask), *arrays), (q,), q.shape[2], plan)
     kernel = functools.partial(_backward_key_kernel, **_sides(plan, q, k, True))
@@ -294,7 +297,7 @@ def attend(
     mask: Mask,
     layer: jax.Array | None = None,
     backend: str = "triton",
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `reference.attend`; without a gradient where `layer` is given.
 
@@ -302,8 +305,9 @@ def attend(
     `jax_default_matmul_precision`, like all others: TensorFloat-32 where nothing is said.
 
     Args:
-      backend: of the forward pass: 'triton', or 'mosaic' (`pallas_hopper`) on Hopper alone.
-      interpret: whether to run the Triton kernels in Pallas's interpreter, on any device.
+      backend: 'triton', or 'mosaic' (`pallas_hopper`) on Hopper alone.
+      interpret: whether to run the kernels in Pallas's interpreter, on any device; for Mosaic's,
+        JAX's `InterpretGPUParams`.
 
     Raises:
       ValueError: heads are wider than the kernels' tiles, the dtypes differ, or Mosaic's kernel

@@ -1,150 +1,332 @@
-"""The forward pass of `pallas_gpu` for Hopper, by Pallas's Mosaic GPU backend.
+"""The kernels of `pallas_gpu` for Hopper, by Pallas's Mosaic GPU backend.
 
-One warpgroup loads blocks of keys and values by the tensor memory accelerator, two multiply, each
-its own 64 queries, all from the same schedule (warp specialisation, FlashAttention-3, arXiv
-2407.08608). What lies past the end of a sequence is read as zeros: so the hardware does it.
+One warpgroup loads blocks by the tensor memory accelerator, two multiply, each its own 64 rows, all
+from the same schedule (warp specialisation, FlashAttention-3, arXiv 2407.08608). What lies past the
+end of a sequence is read as zeros: so the hardware does it.
 """
 
 import functools
+import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mosaic
 
 from cfpp.attention.reference import NOTHING
 from cfpp.attention.schedule import Mask
-from cfpp.attention.visits import visits
+from cfpp.attention.visits import Visits, visits
 
-ROWS = 64  # queries of a warpgroup
+ROWS = 64  # of a warpgroup
 GROUPS = 2  # that multiply
-COLUMNS = 128  # keys of a block
-SLOTS = 2  # blocks in shared memory
+LARGEST_BLOCK = 128  # tokens
 LOG2E = math.log2(math.e)
 
 
-def _visible(bits, rows, first, tokens: int, j):
-    """Which of a warpgroup's queries see which keys of block `j`, bool `[ROWS, COLUMNS]`.
+class _Plan(NamedTuple):
+    """What is static about a kernel."""
 
-    Every query sees one interval of the block: of its two frames the first, the second, both or
+    tokens: int  # of a frame
+    columns: int  # tokens of a block that passes by
+    slots: int  # such blocks in shared memory
+    interpret: Any  # JAX's `InterpretGPUParams`, or False
+
+
+class _Block(NamedTuple):
+    """One block of several arrays of columns, in a slot of shared memory."""
+
+    tiles: tuple  # references, `[columns]` or `[columns, D]`
+    there: Any  # the barrier at which it arrives
+    freed: Any  # the barrier at which warpgroups are done with it
+
+    def wait(self) -> tuple:
+        mosaic.barrier_wait(self.there)
+        return self.tiles
+
+    def free(self):
+        mosaic.barrier_arrive(self.freed)
+
+
+def _visible(bits, rows, first, plan: _Plan, j):
+    """Which rows of a warpgroup see which tokens of block `j`, bool `[ROWS, columns]`.
+
+    Every row sees one interval of the block: of its two frames the first, the second, both or
     neither.
 
     Args:
-      bits: int32 reference `[query frames, key blocks]`, see `Visits`.
+      bits: int32 reference `[row frames, column blocks]`, see `Visits`.
       rows: `[ROWS]`, 0, 1, ...
-      first: the position of the first query.
+      first: the position of the first row.
     """
+    tokens = plan.tokens
     frame, edge = first // tokens, (first // tokens + 1) * tokens - first
-    key_edge = (j * COLUMNS // tokens + 1) * tokens - j * COLUMNS
+    column_edge = (j * plan.columns // tokens + 1) * tokens - j * plan.columns
 
     def interval(frame):
         seen = bits[jnp.minimum(frame, bits.shape[0] - 1), j]
-        begin = jnp.where(seen & 1 != 0, 0, key_edge)
-        return begin, jnp.where(seen & 2 != 0, COLUMNS, key_edge)
+        begin = jnp.where(seen & 1 != 0, 0, column_edge)
+        return begin, jnp.where(seen & 2 != 0, plan.columns, column_edge)
 
     choose = lambda a, b: jnp.where(rows < edge, a, b)
     begin, end = map(choose, interval(frame), interval(frame + 1))
-    shape = (ROWS, COLUMNS)
+    shape = (ROWS, plan.columns)
     columns = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    wide = lambda x: jax.lax.broadcast_in_dim(x, shape, [0])
-    return (columns >= wide(begin)) & (columns < wide(end))
+    return (columns >= _wide(begin, shape)) & (columns < _wide(end, shape))
 
 
-def _multiply(a, b, transpose: bool, interpret: bool):
-    """The product of two tiles by a warpgroup, float32 in registers.
+def _wide(x, shape, dimension: int = 0):
+    """A vector along one dimension of a tile."""
+    return jax.lax.broadcast_in_dim(x, shape, [dimension])
+
+
+def _multiply(plan: _Plan, *products) -> tuple:
+    """Products of tiles by a warpgroup, float32 in registers, started together.
 
     Args:
-      a: a tile, in registers or shared memory; b: one in shared memory.
-      transpose: whether to take b transposed.
-      interpret: whether in JAX's simulation, which knows the instruction only in other forms.
+      *products: `(a, b, transpose, start)`: a tile in registers or shared memory, one in shared
+        memory, whether to take that transposed, and what to add the product to, or None.
     """
-    if interpret:
-        dimensions = (((1,), (1 if transpose else 0,)), ((), ()))
-        return jax.lax.dot_general(a[...], b[...], dimensions, preferred_element_type=jnp.float32)
+    starts = [
+        jnp.zeros((a.shape[0], b.shape[0 if transpose else 1]), jnp.float32)
+        if start is None
+        else start
+        for a, b, transpose, start in products
+    ]
+    if plan.interpret:  # the simulation knows the instruction only in other forms
+        dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        return tuple(
+            start + dot(a[...], b[...], (((1,), (1 if transpose else 0,)), ((), ())))
+            for start, (a, b, transpose, _) in zip(starts, products, strict=True)
+        )
 
-    def run(accumulator):
-        mosaic.wgmma(accumulator, a, mosaic.transpose_ref(b, (1, 0)) if transpose else b)
-        return accumulator[...]
+    def run(accumulators):
+        for accumulator, (a, b, transpose, _) in zip(accumulators, products, strict=True):
+            mosaic.wgmma(accumulator, a, mosaic.transpose_ref(b, (1, 0)) if transpose else b)
 
-    shape = a.shape[0], b.shape[0 if transpose else 1]
-    return pl.run_scoped(run, mosaic.ACC(shape, jnp.float32))
+    return tuple(pl.run_state(run)(tuple(map(mosaic.ACC.init, starts))))
 
 
 def _kernel(
-    index, whole, seen, bits, layer, q, k, v, out, logsumexp,
-    q_tile, k_tiles, v_tiles, norms, q_there, k_there, v_there, k_free, v_free,
-    *, tokens: int, heads: int, interpret: bool
+    tables, layer, rows, columns, outputs,
+    row_tiles, row_there, column_tiles, column_there, column_free,
+    *, body, plan: _Plan,
 ):  # fmt: skip
+    """Runs `body` on the rows of each warpgroup, while another brings it the columns.
+
+    Args:
+      tables: references to a schedule's.
+      layer: int32 `[1]`, of the arrays of columns.
+      rows: arrays `[heads, length]` or `[heads, length, D]`; a tuple, as the next are.
+      columns: tuples of such arrays, `[layers * heads, ...]`; those of a tuple arrive together.
+      outputs: arrays for what `body` returns.
+      row_tiles: shared memory that rows come in by, and outputs go out by.
+      column_tiles: shared memory for `plan.slots` blocks of each array of `columns`.
+      row_there, column_there, column_free: barriers.
+      body: takes the tiles of rows, and `visit(step, start)`, which runs `step(carry, show,
+        *blocks)` over all visible blocks and returns the last carry; `show(x, hidden)` puts
+        `hidden` into a tile where a row does not see a column.
+    """
     tile, head, group = map(jax.lax.axis_index, ("tile", "head", "group"))
-    source = layer[0] * heads + head
-    slot = lambda n: jax.lax.rem(n, SLOTS)
+    source = layer[0] * outputs[0].shape[0] + head
+
+    def blocks(n):
+        slot = jax.lax.rem(n, plan.slots)
+        barriers = zip(column_tiles, column_there, column_free, strict=True)
+        return [
+            _Block(tuple(x.at[slot] for x in tiles), there.at[slot], free.at[slot])
+            for tiles, there, free in barriers
+        ]
 
     @pl.when(group == GROUPS)
     def _load():
         mosaic.set_max_registers(40, action="decrease")
 
         def step(n, _):
-            for array, tiles, there, free in (
-                (k, k_tiles, k_there, k_free),
-                (v, v_tiles, v_there, v_free),
-            ):
-                pl.when(n >= SLOTS)(lambda free=free: mosaic.barrier_wait(free.at[slot(n)]))
+            for arrays, block in zip(columns, blocks(n), strict=True):
+                pl.when(n >= plan.slots)(lambda block=block: mosaic.barrier_wait(block.freed))
 
-                @pl.when(n < seen[tile])
-                def _copy(array=array, tiles=tiles, there=there):
-                    block = array.at[source, pl.ds(index[tile, n] * COLUMNS, COLUMNS)]
-                    mosaic.copy_gmem_to_smem(block, tiles.at[slot(n)], there.at[slot(n)])
+                @pl.when(n < tables.seen[tile])
+                def _copy(arrays=arrays, block=block):
+                    here = pl.ds(tables.index[tile, n] * plan.columns, plan.columns)
+                    for array, slot in zip(arrays, block.tiles, strict=True):
+                        mosaic.copy_gmem_to_smem(array.at[source, here], slot, block.there)
 
         # The last turns only wait until every block has been used.
-        jax.lax.fori_loop(0, seen[tile] + SLOTS, step, None)
+        jax.lax.fori_loop(0, tables.seen[tile] + plan.slots, step, None)
 
     @pl.when(group < GROUPS)
     def _attend():
         mosaic.set_max_registers(232, action="increase")
         first = (tile * GROUPS + group) * ROWS
         here = pl.ds(first, ROWS)
-        own = q_tile.at[group]
-        mosaic.copy_gmem_to_smem(q.at[head, here], own, q_there.at[group])
-        mosaic.barrier_wait(q_there.at[group])
-        width = q.shape[-1]
-        scale = LOG2E / math.sqrt(width)
-        rows = jax.lax.broadcasted_iota(jnp.int32, (ROWS,), 0)
-        wide = lambda x, like: jax.lax.broadcast_in_dim(x, like.shape, [0])
+        own = [x.at[group] for x in row_tiles]
+        for array, slot in zip(rows, own, strict=False):
+            mosaic.copy_gmem_to_smem(array.at[head, here], slot, row_there.at[group])
+        mosaic.barrier_wait(row_there.at[group])
+        positions = jax.lax.broadcasted_iota(jnp.int32, (ROWS,), 0)
 
-        def step(n, carry, whole):
-            acc, top, total = carry
-            mosaic.barrier_wait(k_there.at[slot(n)])
-            scores = _multiply(own, k_tiles.at[slot(n)], True, interpret) * scale
-            mosaic.barrier_arrive(k_free.at[slot(n)])
-            if not whole:
-                visible = _visible(bits, rows, first, tokens, index[tile, n])
-                scores = jnp.where(visible, scores, -jnp.inf)
-            new_top = jnp.maximum(top, scores.max(axis=1))
-            decay = jnp.exp2(top - new_top)
-            weights = jnp.exp2(scores - wide(new_top, scores))
-            total = total * decay + weights.sum(axis=1)
-            mosaic.barrier_wait(v_there.at[slot(n)])
-            weights = weights.astype(q.dtype)
-            values = _multiply(weights, v_tiles.at[slot(n)], False, interpret)
-            mosaic.barrier_arrive(v_free.at[slot(n)])
-            return acc * wide(decay, acc) + values, new_top, total
+        def visit(step, start):
+            def run(n, carry, whole):
+                def show(x, hidden):
+                    if whole:
+                        return x
+                    visible = _visible(tables.bits, positions, first, plan, tables.index[tile, n])
+                    return jnp.where(visible, x, hidden)
 
-        zeros = jnp.zeros((ROWS, width), jnp.float32)
-        carry = zeros, jnp.full(ROWS, NOTHING, jnp.float32), jnp.zeros(ROWS, jnp.float32)
-        carry = jax.lax.fori_loop(0, whole[tile], functools.partial(step, whole=True), carry)
-        acc, top, total = jax.lax.fori_loop(
-            whole[tile], seen[tile], functools.partial(step, whole=False), carry
-        )
-        empty = total == 0
-        total = jnp.where(empty, 1.0, total)
-        own[...] = (acc / wide(total, acc)).astype(q.dtype)
-        norms.at[group][...] = jnp.where(empty, NOTHING, top / LOG2E + jnp.log(total))
+                return step(carry, show, *blocks(n))
+
+            part = functools.partial
+            whole, seen = tables.whole[tile], tables.seen[tile]
+            carry = jax.lax.fori_loop(0, whole, part(run, whole=True), start)
+            return jax.lax.fori_loop(whole, seen, part(run, whole=False), carry)
+
+        results = body(own, visit)
+        for result, slot in zip(results, own, strict=False):
+            slot[...] = result.astype(slot.dtype)
         mosaic.commit_smem()
-        mosaic.copy_smem_to_gmem(own, out.at[head, here])
-        mosaic.copy_smem_to_gmem(norms.at[group], logsumexp.at[head, here])
+        for slot, output in zip(own, outputs, strict=False):
+            mosaic.copy_smem_to_gmem(slot, output.at[head, here])
         mosaic.wait_smem_to_gmem(0)
+
+
+def _call(plan: _Plan, body, mask: Mask, layer, rows, columns, outputs):
+    """Runs `_kernel` with `body(plan, ...)`.
+
+    Args:
+      mask: bool `[row frames, column frames]`.
+      rows, columns, outputs: see `_kernel`, with `[B, N]` or `[L, B, N]` in front; of outputs only
+        shapes and dtypes matter.
+    """
+    *_, width = outputs[0].shape
+    if width not in (64, 128) or outputs[0].dtype.itemsize != 2:
+        raise ValueError(
+            f"Mosaic's kernel takes 16-bit heads of 64 or 128, got {outputs[0].dtype}, {width}"
+        )
+    if plan.tokens < LARGEST_BLOCK:  # a block would have tokens of more than two frames
+        raise ValueError(
+            f"Mosaic's kernel takes frames of {LARGEST_BLOCK} tokens or more, got {plan.tokens}"
+        )
+    batch, heads, length = outputs[0].shape[:3]
+    tiles = pl.cdiv(length, GROUPS * ROWS)
+    # Filled up to whole tiles, so that every store is aligned and inside.
+    out_type = [
+        jax.ShapeDtypeStruct((batch * heads, tiles * GROUPS * ROWS, *x.shape[3:]), x.dtype)
+        for x in outputs
+    ]
+
+    def flat(x):
+        """One dimension for layers, batch and heads."""
+        if x.ndim > 3:
+            return x.reshape(-1, *x.shape[-2:])
+        # Copies of numbers, unlike those of tiles, do not know where a sequence ends.
+        return jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, -x.shape[-1] % LARGEST_BLOCK)))
+
+    rows, columns = jax.tree.map(flat, (tuple(rows), tuple(map(tuple, columns))))
+
+    def shared(number, tokens, x):
+        transforms = (mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128))
+        shape = (number, tokens, *x.shape[2:])
+        return mosaic.SMEM(shape, x.dtype, transforms=transforms if len(shape) == 3 else ())
+
+    arrived = lambda number, arrays: mosaic.Barrier(num_barriers=number, num_arrivals=len(arrays))
+    in_or_out = itertools.zip_longest(rows, out_type)
+    results = mosaic.kernel(
+        functools.partial(_kernel, body=functools.partial(body, plan), plan=plan),
+        out_type=(tuple(out_type),),
+        scratch_types=(
+            [shared(GROUPS, ROWS, x if y is None else y) for x, y in in_or_out],
+            arrived(GROUPS, rows),
+            [[shared(plan.slots, plan.columns, x) for x in arrays] for arrays in columns],
+            [arrived(plan.slots, arrays) for arrays in columns],
+            [mosaic.Barrier(num_barriers=plan.slots, num_arrivals=GROUPS) for _ in columns],
+        ),
+        grid=(tiles, batch * heads),
+        grid_names=("tile", "head"),
+        num_threads=GROUPS + 1,
+        thread_name="group",
+        compiler_params=mosaic.CompilerParams(
+            approx_math=True, lowering_semantics=mosaic.LoweringSemantics.Warpgroup
+        ),
+        interpret=plan.interpret,
+    )(
+        Visits(*map(jnp.asarray, visits(mask, plan.tokens, GROUPS * ROWS, plan.columns))),
+        layer, rows, columns,
+    )[0]  # fmt: skip
+    return tuple(x[:, :length].reshape(batch, heads, length, *x.shape[2:]) for x in results)
+
+
+def _forward(plan: _Plan, own, visit):
+    q, _ = own
+    width = q.shape[1]
+    scale = LOG2E / math.sqrt(width)
+
+    def step(carry, show, key, value):
+        acc, top, total = carry
+        [scores] = _multiply(plan, (q, key.wait()[0], True, None))
+        key.free()
+        scores = show(scores * scale, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(axis=1))
+        decay = jnp.exp2(top - new_top)
+        weights = jnp.exp2(scores - _wide(new_top, scores.shape))
+        total = total * decay + weights.sum(axis=1)
+        acc = acc * _wide(decay, acc.shape)
+        [acc] = _multiply(plan, (weights.astype(q.dtype), value.wait()[0], False, acc))
+        value.free()
+        return acc, new_top, total
+
+    zeros = jnp.zeros((ROWS, width), jnp.float32)
+    start = zeros, jnp.full(ROWS, NOTHING, jnp.float32), jnp.zeros(ROWS, jnp.float32)
+    acc, top, total = visit(step, start)
+    empty = total == 0
+    total = jnp.where(empty, 1.0, total)
+    logsumexp = jnp.where(empty, NOTHING, top / LOG2E + jnp.log(total))
+    return acc / _wide(total, acc.shape), logsumexp
+
+
+def _backward_query(plan: _Plan, own, visit):
+    q, d_out, norms, deltas = own
+    scale = 1 / math.sqrt(q.shape[1])
+    norms, deltas = norms[...], deltas[...]
+
+    def step(dq, show, block):
+        k, v = block.wait()
+        scores, d_weights = _multiply(plan, (q, k, True, None), (d_out, v, True, None))
+        shape = scores.shape
+        weights = show(jnp.exp2(scores * (scale * LOG2E) - _wide(norms, shape)), 0.0)
+        d_scores = weights * (d_weights - _wide(deltas, shape))
+        [dq] = _multiply(plan, (d_scores.astype(q.dtype), k, False, dq))
+        block.free()
+        return dq
+
+    return (visit(step, jnp.zeros(q.shape, jnp.float32)) * scale,)
+
+
+def _backward_key(plan: _Plan, own, visit):
+    k, v = own
+    scale = 1 / math.sqrt(k.shape[1])
+
+    def step(carry, show, block):
+        dk, dv = carry
+        q, d_out, norms, deltas = block.wait()
+        # Transposed, [keys, queries], so that the products with dO and q need no transposition.
+        [scores] = _multiply(plan, (k, q, True, None))
+        shape = scores.shape
+        weights = jnp.exp2(scores * (scale * LOG2E) - _wide(norms[...], shape, 1))
+        weights = show(weights, 0.0)
+        dv, d_weights = _multiply(
+            plan, (weights.astype(k.dtype), d_out, False, dv), (v, d_out, True, None)
+        )
+        d_scores = weights * (d_weights - _wide(deltas[...], shape, 1))
+        [dk] = _multiply(plan, (d_scores.astype(k.dtype), q, False, dk))
+        block.free()
+        return dk, dv
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    dk, dv = visit(step, (zeros, zeros))
+    return dk * scale, dv
 
 
 def forward(q, k, v, mask: Mask, layer, tokens: int, interpret: Any = False):
@@ -161,50 +343,28 @@ def forward(q, k, v, mask: Mask, layer, tokens: int, interpret: Any = False):
     Raises:
       ValueError: the kernel does not take such heads or frames.
     """
-    width = q.shape[-1]
-    if width not in (64, 128) or q.dtype.itemsize != 2:
-        raise ValueError(f"Mosaic's kernel takes 16-bit heads of 64 or 128, got {q.dtype}, {width}")
-    if tokens < COLUMNS:  # a block would have tokens of more than two frames
-        raise ValueError(f"Mosaic's kernel takes frames of {COLUMNS} tokens or more, got {tokens}")
-    tables = visits(mask, tokens, GROUPS * ROWS, COLUMNS)
-    flat = lambda x: x.reshape(-1, *x.shape[-2:])
-    batch, heads, length = q.shape[:3]
-    outer, tiles = batch * heads, pl.cdiv(length, GROUPS * ROWS)
-    shared = lambda *shape: mosaic.SMEM(
-        shape,
-        q.dtype,
-        transforms=(mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128)),
-    )
-    arrived = lambda number: mosaic.Barrier(num_barriers=number)
-    freed = lambda number: mosaic.Barrier(num_barriers=number, num_arrivals=GROUPS)
-    call = mosaic.kernel(
-        functools.partial(_kernel, tokens=tokens, heads=outer, interpret=bool(interpret)),
-        # Filled up to whole tiles, so that every store is aligned and inside.
-        out_type=(
-            jax.ShapeDtypeStruct((outer, tiles * GROUPS * ROWS, width), q.dtype),
-            jax.ShapeDtypeStruct((outer, tiles * GROUPS * ROWS), jnp.float32),
-        ),
-        scratch_types=(
-            shared(GROUPS, ROWS, width),
-            shared(SLOTS, COLUMNS, width),
-            shared(SLOTS, COLUMNS, width),
-            mosaic.SMEM((GROUPS, ROWS), jnp.float32),
-            arrived(GROUPS),
-            arrived(SLOTS),
-            arrived(SLOTS),
-            freed(SLOTS),
-            freed(SLOTS),
-        ),
-        grid=(tiles, outer),
-        grid_names=("tile", "head"),
-        num_threads=GROUPS + 1,
-        thread_name="group",
-        compiler_params=mosaic.CompilerParams(
-            approx_math=True, lowering_semantics=mosaic.LoweringSemantics.Warpgroup
-        ),
-        interpret=interpret,
-    )
-    out, logsumexp = call(*map(jnp.asarray, tables), layer, flat(q), flat(k), flat(v))
-    return tuple(
-        x[:, :length].reshape(batch, heads, length, *x.shape[2:]) for x in (out, logsumexp)
-    )
+    plan = _Plan(tokens, columns=LARGEST_BLOCK, slots=2, interpret=interpret)
+    outputs = q, jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
+    return _call(plan, _forward, mask, layer, (q,), ((k,), (v,)), outputs)
+
+
+def backward(q, k, v, logsumexp, delta, d_out, mask: Mask, tokens: int, interpret: Any = False):
+    """The gradients with respect to q, k and v.
+
+    Args:
+      q, k, v, d_out: `[B, N, length, D]`; d_out is the output's cotangent.
+      logsumexp: float32 `[B, N, length]`, of `forward`.
+      delta: float32 `[B, N, length]`, rowsum(dO O) - dL, see `pallas_gpu`.
+      mask, tokens, interpret: as for `forward`.
+
+    Raises:
+      ValueError: as for `forward`.
+    """
+    layer = np.zeros(1, np.int32)
+    norms = logsumexp * LOG2E
+    plan = _Plan(tokens, columns=LARGEST_BLOCK, slots=2, interpret=interpret)
+    rows, columns = (q, d_out, norms, delta), ((k, v),)
+    [dq] = _call(plan, _backward_query, mask, layer, rows, columns, (q,))
+    plan = _Plan(tokens, columns=64, slots=4, interpret=interpret)
+    rows, columns = (k, v), ((q, d_out, norms, delta),)
+    return dq, *_call(plan, _backward_key, mask.T, layer, rows, columns, (k, v))

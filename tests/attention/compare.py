@@ -65,13 +65,15 @@ def error(values: np.ndarray, expected: np.ndarray) -> float:
     return np.linalg.norm(values - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
-def check(attend, mask, tokens: int, head_dim: int, dtype="float32", traced: bool = False):
+def check(
+    attend, mask, tokens: int, head_dim: int, dtype="float32", traced: bool = False, heads: int = 2
+):
     """Checks outputs and gradients against the dense reference in float32.
 
     In float32, sums in another order differ by a few rounding errors, 6e-8, of terms that partly
     cancel. In bfloat16, the error may be twice that of the reference itself run in bfloat16.
     """
-    qkv, cotangents = inputs(mask, tokens, head_dim, dtype)
+    qkv, cotangents = inputs(mask, tokens, head_dim, dtype, heads=heads)
     has_logsumexp = jax.eval_shape(lambda *qkv: attend(*qkv, mask)[1], *qkv) is not None
     if not has_logsumexp:
         cotangents = cotangents[0], jnp.zeros_like(cotangents[1])
