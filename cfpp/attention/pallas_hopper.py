@@ -221,8 +221,8 @@ def _call(plan: _Plan, body, mask: Mask, layer, rows, columns, outputs):
         """One dimension for layers, batch and heads."""
         if x.ndim > 3:
             return x.reshape(-1, *x.shape[-2:])
-        # Copies of numbers, unlike those of tiles, do not know where a sequence ends.
-        return jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, -x.shape[-1] % LARGEST_BLOCK)))
+        # The copies take sequences of multiples of 16 bytes.
+        return jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, -x.shape[-1] % 4)))
 
     rows, columns = jax.tree.map(flat, (tuple(rows), tuple(map(tuple, columns))))
 
