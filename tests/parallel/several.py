@@ -1,4 +1,4 @@
-"""Runs jobs of one and of two processes, kills some of them, and writes down what came of it.
+"""Runs jobs of one, two and four processes, kills some of them, and writes down what came of it.
 
     python -m tests.parallel.several FOLDER
 
@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from unittest import mock
 
 import jax
@@ -26,7 +27,8 @@ DEVICES = 4  # of all processes together
 STEPS = 60
 
 
-def start(log, workdir, index, count, port, changes, failing, pace, slurm):
+def fork(log, index, count, port, slurm, program) -> int:
+    """A process of a job, which runs `program`; returns its id."""
     child = os.fork()
     if child:
         return child
@@ -49,36 +51,48 @@ def start(log, workdir, index, count, port, changes, failing, pace, slurm):
         values = (f"127.0.0.1:{port}", str(count), str(index))
         os.environ |= dict(zip(hosts.VARIABLES, values, strict=True))
     hosts.GRACE = 1.0
-    for patch in fake.patches():
-        patch.start()
-    if failing:
-        mock.patch("cfpp.data.sources.prepare", side_effect=UserError("the disk is full")).start()
-    if pace:
-        step = metrics.Progress.step
-        metrics.Progress.step = lambda *arguments: (time.sleep(pace), step(*arguments))
-    code = 0
+    code = 1
     try:
         with exit_on_user_error():
-            hosts.join(timeout=30)
-            with hosts.ending_together():
-                loop.train(fake.config(batch_size=8, steps=STEPS, **changes), workdir)
+            program(index)
+        code = 0
     except SystemExit as error:
-        code = error.code
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
     atexit._run_exitfuncs()
     os._exit(code)
 
 
-class Job:
-    """The processes of a job."""
+def fake_program(workdir, failing=(), pace=0.0, **changes):
+    """Trains the fake stage; some processes fail, or every step takes `pace` seconds more."""
 
-    def __init__(self, workdir, count=2, failing=(), pace=0.0, slurm=False, **changes):
+    def program(index):
+        for patch in fake.patches():
+            patch.start()
+        if index in failing:
+            failure = UserError("the disk is full")
+            mock.patch("cfpp.data.sources.prepare", side_effect=failure).start()
+        if pace:
+            step = metrics.Progress.step
+            metrics.Progress.step = lambda *arguments: (time.sleep(pace), step(*arguments))
+        hosts.join(timeout=30)
+        with hosts.ending_together():
+            loop.train(fake.config(batch_size=8, steps=STEPS, **changes), workdir)
+
+    return program
+
+
+class Job:
+    """The processes of a job, and their working directory."""
+
+    def __init__(self, workdir, program, count=2, slurm=False):
         with socket.create_server(("", 0)) as server:
             port = server.getsockname()[1]
         self.workdir = workdir
         self.logs = [workdir.with_name(f"{workdir.name}.{index}") for index in range(count)]
         self.children = [
-            start(log, workdir, index, count, port, changes, index in failing, pace, slurm)
-            for index, log in enumerate(self.logs)
+            fork(log, index, count, port, slurm, program) for index, log in enumerate(self.logs)
         ]
 
     def at_step(self, step, then):
@@ -104,6 +118,10 @@ class Job:
         }
 
 
+def fake_job(workdir, count=2, slurm=False, **options):
+    return Job(workdir, fake_program(workdir, **options), count, slurm)
+
+
 def losses(workdir):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss"] for row in rows}
@@ -114,27 +132,33 @@ def main(folder: pathlib.Path) -> None:
     often, once = {"log_every": 1, "save_every": 4}, {"log_every": 1, "save_every": STEPS}
 
     one, killed, stopped = folder / "one", folder / "killed", folder / "stopped"
-    found["one"] = Job(one, count=1, **once).end()
+    found["one"] = fake_job(one, count=1, **once).end()
     found["one"]["losses"] = losses(one)
 
-    job = Job(killed, **often).at_step(6, then=(None, signal.SIGKILL))
+    job = fake_job(killed, **often).at_step(6, then=(None, signal.SIGKILL))
     found["killed second"] = job.end()
-    job = Job(killed, **often).at_step(11, then=(signal.SIGKILL, None))
+    job = fake_job(killed, **often).at_step(11, then=(signal.SIGKILL, None))
     found["killed first"] = job.end()
-    found["restarted"] = Job(killed, **once).end()
+    found["restarted"] = fake_job(killed, **once).end()
     found["restarted"]["losses"] = losses(killed)
 
-    job = Job(stopped, pace=0.1, **once).at_step(4, then=(None, signal.SIGTERM))
+    job = fake_job(stopped, pace=0.1, **once).at_step(4, then=(None, signal.SIGTERM))
     found["stopped"] = job.end()
-    found["continued by one"] = Job(stopped, count=1, **once).end()
+    found["continued by one"] = fake_job(stopped, count=1, **once).end()
     found["continued by one"]["losses"] = losses(stopped)
 
+    four = folder / "four"
+    job = fake_job(four, count=4, **often).at_step(6, then=(None, None, signal.SIGKILL, None))
+    found["killed one of four"] = job.end()
+    found["four"] = fake_job(four, count=4, **once).end()
+    found["four"]["losses"] = losses(four)
+
     tensor = {"mesh": {"data": 1, "tensor": 4}}  # every process needs every row
-    found["tensor"] = Job(folder / "tensor", slurm=True, **once, **tensor).end()
+    found["tensor"] = fake_job(folder / "tensor", slurm=True, **once, **tensor).end()
     found["tensor"]["losses"] = losses(folder / "tensor")
 
-    found["error of one"] = Job(folder / "error_of_one", failing=(1,)).end()
-    found["error of all"] = Job(folder / "error_of_all", failing=(0, 1)).end()
+    found["error of one"] = fake_job(folder / "error_of_one", failing=(1,)).end()
+    found["error of all"] = fake_job(folder / "error_of_all", failing=(0, 1)).end()
     (folder / "found.json").write_text(json.dumps(found))
 
 

@@ -71,6 +71,14 @@ def test_one_process_continues_what_two_began(found):
     assert_same_losses(found, "continued by one")
 
 
+def test_four_processes_train_as_one_does_and_end_with_the_one_that_was_killed(found):
+    codes = found["killed one of four"]["codes"]
+    assert codes[2] == -9 and all(code in (1, -6) for code in codes[:2] + codes[3:])
+    assert "error: process 2 has ended" in found["killed one of four"]["told"][0]
+    assert found["four"]["codes"] == [0, 0, 0, 0]
+    assert_same_losses(found, "four")
+
+
 def test_processes_that_hold_parts_of_the_model_read_the_same_rows(found):
     """They are found by Slurm's environment."""
     assert found["tensor"]["codes"] == [0, 0]
