@@ -118,7 +118,8 @@ class Episodes:
 
 
 def check(data_config: ml_collections.ConfigDict) -> None:
-    """Raises UserError if the configuration names no data source."""
+    """Raises UserError if the configuration names no data source, or none on a disk."""
+    _root(data_config)
     if not data_config.name:
         raise UserError(
             "config.data.name is empty: no data source gives latents and texts yet; "
@@ -191,7 +192,13 @@ def check_length(data_config: ml_collections.ConfigDict, episode: dict, where: s
 
 
 def _root(data_config: ml_collections.ConfigDict) -> Path:
-    return Path(data_config.directory or tfds.core.constants.DATA_DIR).expanduser()
+    root = str(data_config.directory or tfds.core.constants.DATA_DIR)
+    if "://" in root:
+        raise UserError(
+            f"config.data.directory is {root}, but records are read from disks only; give a "
+            "folder, on a shared disk or on each host's own"
+        )
+    return Path(root).expanduser()
 
 
 def num_actions(name: str) -> int:

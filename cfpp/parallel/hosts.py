@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from cfpp.errors import UserError
@@ -36,6 +37,7 @@ PRESENT, FAREWELL = "present", "farewell"
 
 _others: dict[int, socket.socket] = {}  # of process 0: all; of the rest: process 0
 _meetings = itertools.count()
+_questions = itertools.count(1)
 _ending = threading.Lock()  # taken once, by the thread that ends this process
 
 
@@ -259,6 +261,15 @@ def meet(where: str) -> None:
 
         barrier = multihost.get_barrier_sync_fn()
         barrier(key=f"{where} {next(_meetings)}", timeout_ms=LONGEST_WAIT * 1000)
+
+
+def terminated() -> bool:
+    """Whether SIGTERM came to any process; the same in all, which ask after every step.
+
+    JAX tells it at one number that all will come to, the next after the last that any of them has
+    asked with, or 1. So no number is left out, where a run goes on or another stage begins.
+    """
+    return multihost_utils.reached_preemption_sync_point(next(_questions))
 
 
 def one_after_another(action: Callable[[], object]) -> None:

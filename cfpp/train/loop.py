@@ -12,7 +12,6 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cfpp import stages
@@ -60,9 +59,9 @@ def train(
         loss that is not finite.
     """
     validate(config)
-    sources.check(config.data)
     workdir = epath.Path(workdir)
     as_given, config = config, workdirs.resolve(config, workdir)
+    sources.check(config.data)
     if checkpoint.is_finished(workdir, config.steps):
         workdirs.claim(as_given, workdir)
         print(f"{config.stage}: finished, all {config.steps} steps are in {workdir}", flush=True)
@@ -117,7 +116,7 @@ def train(
             progress.step(step)
             profiler(step)
 
-            is_last = interrupted(step) or step == config.steps
+            is_last = interrupted() or step == config.steps
             is_saved = is_last or step % config.save_every == 0
             if is_saved or step % config.log_every == 0:
                 fetched = jax.device_get(recent)
@@ -287,18 +286,18 @@ def profiler_of_steps(workdir: epath.Path, start: int) -> Callable[[int], Any]:
 
 
 @contextlib.contextmanager
-def termination() -> Iterator[Callable[[int], bool]]:
-    """While open, SIGTERM only sets what the yielded function returns for a step.
+def termination() -> Iterator[Callable[[], bool]]:
+    """While open, SIGTERM only sets what the yielded function returns, to be asked after each step.
 
     Several processes agree on a step, whichever of them it was sent to: JAX catches the signal.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        yield hosts.terminated
         return
     received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
     try:
-        yield lambda step: bool(received)
+        yield lambda: bool(received)
     finally:
         signal.signal(signal.SIGTERM, before)
 

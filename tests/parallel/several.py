@@ -17,7 +17,9 @@ import traceback
 from unittest import mock
 
 import jax
+from absl import app
 
+from cfpp import main as main_module
 from cfpp.errors import UserError, exit_on_user_error
 from cfpp.parallel import hosts
 from cfpp.train import checkpoint, loop, metrics
@@ -27,7 +29,7 @@ DEVICES = 4  # of all processes together
 STEPS = 60
 
 
-def fork(log, index, count, port, slurm, program) -> int:
+def fork(log, index, count, devices, port, slurm, program) -> int:
     """A process of a job, which runs `program`; returns its id."""
     child = os.fork()
     if child:
@@ -36,7 +38,7 @@ def fork(log, index, count, port, slurm, program) -> int:
     os.dup2(out, 1)
     os.dup2(out, 2)
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", DEVICES // count)
+    jax.config.update("jax_num_cpu_devices", devices // count)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if slurm:
@@ -64,8 +66,15 @@ def fork(log, index, count, port, slurm, program) -> int:
     os._exit(code)
 
 
-def fake_program(workdir, failing=(), pace=0.0, **changes):
-    """Trains the fake stage; some processes fail, or every step takes `pace` seconds more."""
+def fake_program(workdir, failing=(), terminated=(), pace=0.0, **changes):
+    """Trains the fake stage; some processes fail, or get a SIGTERM before the first step.
+
+    Every step takes `pace` seconds more.
+    """
+
+    def terminate(data_config):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3)  # until JAX has told all
 
     def program(index):
         for patch in fake.patches():
@@ -73,6 +82,8 @@ def fake_program(workdir, failing=(), pace=0.0, **changes):
         if index in failing:
             failure = UserError("the disk is full")
             mock.patch("cfpp.data.sources.prepare", side_effect=failure).start()
+        if index in terminated:
+            mock.patch("cfpp.data.sources.prepare", terminate).start()
         if pace:
             step = metrics.Progress.step
             metrics.Progress.step = lambda *arguments: (time.sleep(pace), step(*arguments))
@@ -83,16 +94,28 @@ def fake_program(workdir, failing=(), pace=0.0, **changes):
     return program
 
 
+def command(*arguments):
+    """The program `cfpp.main` with these arguments, without TensorBoard."""
+
+    def program(index):
+        sys.argv = ["cfpp.main", *map(str, arguments)]
+        metrics._tensorboard = lambda folder: None  # seconds of imports
+        app.run(main_module.main, flags_parser=main_module.parse)
+
+    return program
+
+
 class Job:
     """The processes of a job, and their working directory."""
 
-    def __init__(self, workdir, program, count=2, slurm=False):
+    def __init__(self, workdir, program, count=2, slurm=False, devices=DEVICES):
         with socket.create_server(("", 0)) as server:
             port = server.getsockname()[1]
         self.workdir = workdir
         self.logs = [workdir.with_name(f"{workdir.name}.{index}") for index in range(count)]
         self.children = [
-            fork(log, index, count, port, slurm, program) for index, log in enumerate(self.logs)
+            fork(log, index, count, devices, port, slurm, program)
+            for index, log in enumerate(self.logs)
         ]
 
     def at_step(self, step, then):
@@ -105,6 +128,9 @@ class Job:
             if number:
                 os.kill(child, number)
         return self
+
+    def send(self, index, number):
+        os.kill(self.children[index], number)
 
     def told(self):
         return [log.read_text(errors="replace") for log in self.logs]
@@ -144,6 +170,8 @@ def main(folder: pathlib.Path) -> None:
 
     job = fake_job(stopped, pace=0.1, **once).at_step(4, then=(None, signal.SIGTERM))
     found["stopped"] = job.end()
+    job = fake_job(stopped, terminated=(1,), **once)
+    found["stopped while it started"] = job.end()
     found["continued by one"] = fake_job(stopped, count=1, **once).end()
     found["continued by one"]["losses"] = losses(stopped)
 

@@ -66,6 +66,13 @@ def test_sigterm_to_one_process_saves_and_ends_all(found):
     assert f"interrupted at step {step}, saved; run the same command to continue" in job["told"][0]
 
 
+def test_sigterm_while_a_job_goes_on_stops_it_after_a_step(found):
+    job = found["stopped while it started"]
+    assert job["codes"] == [0, 0]
+    before = found["stopped"]["checkpoints"]
+    assert job["checkpoints"] == [*before, before[-1] + 1]
+
+
 def test_one_process_continues_what_two_began(found):
     assert found["continued by one"]["codes"] == [0]
     assert_same_losses(found, "continued by one")
