@@ -14,9 +14,13 @@ from flax import traverse_util
 from cfpp.errors import UserError
 from cfpp.parallel import hosts
 
-# Fields of a stage that may change between the starts of a run, since no step depends on them.
+# Fields of a stage that may change between the starts of a run, since no step depends on them, or,
+# of the mesh, by the order of sums alone.
 # `steps` may grow, but not in a job of several stages: others have started from this one.
-OPERATIONAL = ("log_every", "save_every", "sample_every", "keep", "data.workers")
+OPERATIONAL = (
+    *("log_every", "save_every", "sample_every", "keep", "data.workers"),
+    *("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor"),
+)
 
 FAULTS_OF_THE_DISK = {
     errno.EACCES: "permission denied",
@@ -108,14 +112,24 @@ def resolve(config: ml_collections.ConfigDict, folder: epath.PathLike) -> ml_col
       folder: this working directory.
     """
 
-    def absolute(path: str) -> str:
-        return os.path.abspath(os.path.join(folder, path)) if path.startswith("..") else path
+    def from_folder(path: str) -> str:
+        return os.fspath(absolute(os.path.join(folder, path))) if path.startswith("..") else path
 
     config = config.copy_and_resolve_references().unlock()
-    config.data.directory = absolute(config.data.directory)
+    config.data.directory = from_folder(config.data.directory)
     for role, path in config.init_from.items():
-        config.init_from[role] = absolute(path)
+        config.init_from[role] = from_folder(path)
     return config.lock()
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path from the root on, without '..'.
+
+    In a bucket too: `epath` and `os.path` would look for it in the current directory.
+    """
+    scheme, colon, rest = os.fspath(path).rpartition("://")
+    whole = os.path.normpath(rest) if scheme else os.path.abspath(rest)
+    return epath.Path(scheme + colon + whole)
 
 
 def _read(path: epath.Path) -> dict[str, Any]:

@@ -159,6 +159,7 @@ def test_a_workdir_of_another_config_is_refused(finished):
         loop.train(fake.config(model={"dim": 16}), finished)
     with pytest.raises(UserError, match=r"made for 12 steps and config.steps is now 3"):
         loop.train(fake.config(steps=3), finished)
+    assert loop.train(fake.config(mesh={"data": 1}), finished)  # the mesh may be another
     without = fake.config().copy_and_resolve_references().unlock()
     del without.bad_loss_at
     with pytest.raises(UserError, match="bad_loss_at was -1 and is now absent"):
