@@ -42,6 +42,7 @@ setup(
     extras_require={
         "atari": ["ale-py>=0.11"],
         "cuda": [f"jax[cuda12]>={JAX}"],
+        "gcs": ["etils[epath-gcs]>=1.12"],  # for gs:// paths
         "tensorboard": ["tensorboard>=2.20", "tensorflow-cpu>=2.20"],
         "test": [
             "diffusers>=0.42",

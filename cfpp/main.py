@@ -137,11 +137,13 @@ def run(config: Config, workdir: str, profile: bool = False) -> None:
     Raises:
       UserError: whatever the user can mend.
     """
+    from etils import epath
+
     from cfpp.parallel import hosts
     from cfpp.train import checkpoint, loop
     from cfpp.train import workdir as workdirs
 
-    workdir = workdir if "://" in workdir else os.path.abspath(workdir)
+    workdir = os.fspath(workdirs.absolute(workdir))
     if "jobs" not in config:
         loop.train(_absolute(config), workdir, profile)
         return
@@ -157,8 +159,9 @@ def run(config: Config, workdir: str, profile: bool = False) -> None:
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
     if "evaluate" in config:
-        if not has_trained and os.path.exists(os.path.join(workdir, "report", "index.html")):
-            print(f"the report is in {os.path.join(workdir, 'report')}")
+        report = epath.Path(workdir) / "report"
+        if not has_trained and (report / "index.html").exists():
+            print(f"the report is in {report}")
             return
         from cfpp import evaluate
 

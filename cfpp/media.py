@@ -4,6 +4,8 @@ Videos are uint8 `[frames, height, width, 3]`, images uint8 `[height, width, 3]`
 """
 
 import functools
+import io
+import os
 import pathlib
 import subprocess
 import tempfile
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from cfpp.errors import UserError
@@ -41,7 +44,8 @@ class Mp4Writer:
     unsafe once JAX has started its threads, and it does not report that the encoder failed.)
 
     Args:
-      path: the file to write; an existing one is replaced.
+      path: the file to write; an existing one is replaced. To a bucket it is copied when it is
+        complete.
       frames_per_second: playing speed.
       scale: every pixel becomes a square of `scale x scale` pixels.
 
@@ -49,8 +53,8 @@ class Mp4Writer:
       UserError: the file cannot be written, or the encoder fails (say, on a full disk).
     """
 
-    def __init__(self, path: str | pathlib.Path, frames_per_second: float = 8, scale: int = 1):
-        self._path = pathlib.Path(path)
+    def __init__(self, path: epath.PathLike, frames_per_second: float = 8, scale: int = 1):
+        self._path = epath.Path(path)
         self._frames_per_second = frames_per_second
         self._scale = scale
         self._shape: tuple[int, ...] | None = None
@@ -83,6 +87,10 @@ class Mp4Writer:
         import imageio_ffmpeg
 
         self._log = tempfile.TemporaryFile()
+        local = os.path.abspath(self._path)
+        if _is_remote(self._path):
+            self._folder = tempfile.TemporaryDirectory()
+            local = os.path.join(self._folder.name, "video.mp4")
         # H.264 in the form that every player knows (4:2:0) wants even sizes: repeat the edge.
         even = "pad=ceil(iw/2)*2:ceil(ih/2)*2"
         command = (
@@ -91,7 +99,7 @@ class Mp4Writer:
             " -preset fast -crf 16 -pix_fmt yuv420p -threads 1 -movflags +faststart -f mp4"
         )
         self._process = subprocess.Popen(
-            [imageio_ffmpeg.get_ffmpeg_exe(), *command.split(), str(self._path.absolute())],
+            [imageio_ffmpeg.get_ffmpeg_exe(), *command.split(), local],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._log,
@@ -110,6 +118,9 @@ class Mp4Writer:
         self._log.close()
         if code != 0:
             raise UserError(f"{self._path}: the video could not be written ({message})")
+        if _is_remote(self._path):
+            with self._folder as folder:
+                self._path.write_bytes(pathlib.Path(folder, "video.mp4").read_bytes())
 
     def __enter__(self) -> "Mp4Writer":
         return self
@@ -119,7 +130,7 @@ class Mp4Writer:
 
 
 def write_mp4(
-    path: str | pathlib.Path, video: np.ndarray, frames_per_second: float = 8, scale: int = 1
+    path: epath.PathLike, video: np.ndarray, frames_per_second: float = 8, scale: int = 1
 ) -> None:
     """Writes a video, uint8 `[T, H, W, 3]`; see `Mp4Writer`."""
     with Mp4Writer(path, frames_per_second, scale) as writer:
@@ -127,7 +138,7 @@ def write_mp4(
             writer.append(frame)
 
 
-def read_image(path: str | pathlib.Path, height: int, width: int) -> np.ndarray:
+def read_image(path: epath.PathLike, height: int, width: int) -> np.ndarray:
     """Reads a picture of a given size, as RGB.
 
     Returns:
@@ -151,12 +162,15 @@ def read_image(path: str | pathlib.Path, height: int, width: int) -> np.ndarray:
     return pixels
 
 
-def write_image(path: str | pathlib.Path, image: np.ndarray) -> None:
+def write_image(path: epath.PathLike, image: np.ndarray) -> None:
     """Writes a picture, uint8 `[H, W, 3]`, as PNG (or what the file name's ending says)."""
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     _check_writable(path)
     try:
-        Image.fromarray(np.asarray(image)).save(path)
+        encoded = io.BytesIO()
+        kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+        Image.fromarray(np.asarray(image)).save(encoded, kind)
+        path.write_bytes(encoded.getvalue())
     except OSError as error:
         raise UserError(f"{path}: the picture could not be written ({error})") from error
 
@@ -273,7 +287,13 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
 
 
-def _check_writable(path: pathlib.Path) -> None:
+def _is_remote(path: epath.Path) -> bool:
+    return "://" in os.fspath(path)
+
+
+def _check_writable(path: epath.Path) -> None:
+    if _is_remote(path):
+        return  # buckets have no folders
     if path.is_dir():
         raise UserError(f"{path} is a directory; a file name was expected")
     if not path.parent.is_dir():

@@ -5,7 +5,8 @@ python -m cfpp.evaluate --workdir=runs/stage2 --episodes=128
 """
 
 import dataclasses
-import pathlib
+
+from etils import epath
 
 from cfpp.errors import ArgumentParser, exit_on_user_error
 from cfpp.evaluate import Settings, job
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"--{field.name}", type=int, help=f"default: the job's own, or {field.default}"
         )
     flags = vars(parser.parse_args(arguments))
-    workdir = pathlib.Path(flags.pop("workdir"))
+    workdir = epath.Path(flags.pop("workdir"))
     given = {name: value for name, value in flags.items() if value is not None}
     job.evaluate(workdir, Settings(**(job.stored_settings(workdir) | given)))
 

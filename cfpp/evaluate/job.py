@@ -1,11 +1,11 @@
 """The evaluation as a job: every finished model of a work directory, then the report."""
 
-import pathlib
 import time
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from cfpp.evaluate import measure, metrics, models, report, table
 from cfpp.evaluate.measure import Settings, Yardstick
@@ -14,7 +14,7 @@ from cfpp.train import workdir as workdirs
 STARTS_RNG, CLIPS_RNG = 0, 1  # folded into the evaluation's key
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     """Evaluates a work directory with the settings of `config.evaluate`, into `workdir/report`.
 
     Raises:
@@ -24,7 +24,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None:
     evaluate(workdir, Settings(**config.evaluate))
 
 
-def evaluate(workdir: str | pathlib.Path, settings: Settings) -> None:
+def evaluate(workdir: epath.PathLike, settings: Settings) -> None:
     """Evaluates the finished models of a work directory; see `run`."""
     begin = time.monotonic()
     stages = models.find_stages(workdir)
@@ -42,7 +42,7 @@ def evaluate(workdir: str | pathlib.Path, settings: Settings) -> None:
     perfect = None
     if len(yardstick.starts):
         perfect = metrics.expected_total_variation(metrics.DIRECTION_LAW, settings.samples)
-    folder = pathlib.Path(workdir) / "report"
+    folder = epath.Path(workdir) / "report"
     report.write(
         table.Report(
             data=data_config.name,
@@ -65,9 +65,9 @@ def evaluate(workdir: str | pathlib.Path, settings: Settings) -> None:
     print(f"evaluate: the report is in {folder}", flush=True)
 
 
-def stored_settings(workdir: str | pathlib.Path) -> dict:
+def stored_settings(workdir: epath.PathLike) -> dict:
     """The settings with which a work directory's own job evaluates; empty where it does not."""
-    if not (pathlib.Path(workdir) / "config.json").exists():
+    if not (epath.Path(workdir) / "config.json").exists():
         return {}
     config = workdirs.read_config(workdir)
     return config.evaluate.to_dict() if "evaluate" in config else {}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from cfpp.errors import UserError
 from cfpp.evaluate import metrics
@@ -41,7 +41,7 @@ class Row:
     method: str
     steps: int
     first_steps: int
-    workdir: pathlib.Path
+    workdir: epath.Path
     stage: str
 
     @property
@@ -73,8 +73,8 @@ _ROWS = (
 
 
 def find_stages(
-    workdir: str | pathlib.Path,
-) -> dict[pathlib.Path, ml_collections.ConfigDict]:
+    workdir: epath.PathLike,
+) -> dict[epath.Path, ml_collections.ConfigDict]:
     """The finished stages in a work directory.
 
     Args:
@@ -86,7 +86,7 @@ def find_stages(
     Raises:
       UserError: this is no work directory, or no stage has finished there.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = epath.Path(workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir} has no config.json; give the --workdir of a training run")
     config = workdirs.read_config(workdir)
@@ -108,7 +108,7 @@ def find_stages(
     return finished
 
 
-def find_rows(stages: dict[pathlib.Path, ml_collections.ConfigDict]) -> list[Row]:
+def find_rows(stages: dict[epath.Path, ml_collections.ConfigDict]) -> list[Row]:
     """The rows that the finished stages `{work directory: config}` fill, in the table's order."""
     return [
         Row(key, model, method, steps, first_steps, folder, stage)

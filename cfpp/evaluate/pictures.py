@@ -1,10 +1,10 @@
 """The report's pictures and videos."""
 
 import math
-import pathlib
 from collections.abc import Callable
 
 import numpy as np
+from etils import epath
 
 from cfpp import media
 from cfpp.evaluate.table import Report
@@ -62,7 +62,7 @@ def action_symbols(data: str, num_actions: int) -> Callable[[int], str]:
     return lambda action: table[action]
 
 
-def write_video(clips: np.ndarray, path: pathlib.Path) -> None:
+def write_video(clips: np.ndarray, path: epath.Path) -> None:
     """Writes a video of clips `[E, T, H, W, 3]`: many side by side, then the next ones."""
     columns = min(VIDEO_COLUMNS, math.isqrt(len(clips)))
     at_once = columns * columns
@@ -94,7 +94,7 @@ def _figure(width: float, height: float, panels: int):
     return figure, axes
 
 
-def plot_by_frame(report: Report, path: pathlib.Path) -> None:
+def plot_by_frame(report: Report, path: epath.Path) -> None:
     """Draws balls intact and agent error over the frames, a line for each row."""
     figure, axes = _figure(12.5, 4.6, 2)
     frames = np.arange(1, report.settings.frames + 1)
@@ -122,10 +122,10 @@ def plot_by_frame(report: Report, path: pathlib.Path) -> None:
             axis.set_yscale("function", functions=(np.sqrt, np.square))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
-    figure.savefig(path)
+    _save(figure, path)
 
 
-def plot_losses(report: Report, path: pathlib.Path) -> None:
+def plot_losses(report: Report, path: epath.Path) -> None:
     """Draws the loss curves of the jobs that have a log."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -146,4 +146,9 @@ def plot_losses(report: Report, path: pathlib.Path) -> None:
             axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_title(f"{job.name}: {job.stage}", loc="left", fontsize=10, fontweight="bold")
         axis.set_xlabel("step")
-    figure.savefig(path)
+    _save(figure, path)
+
+
+def _save(figure, path: epath.Path) -> None:
+    with path.open("wb") as file:
+        figure.savefig(file, format="png")

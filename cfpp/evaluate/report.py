@@ -8,6 +8,7 @@ import pathlib
 import platform
 
 import jax
+from etils import epath
 
 from cfpp import media
 from cfpp.errors import UserError
@@ -19,10 +20,10 @@ PACKAGES = (
 ).split()
 
 
-def read_job(workdir: pathlib.Path, stage: str, steps: int, batch_size: int) -> Job:
+def read_job(workdir: epath.Path, stage: str, steps: int, batch_size: int) -> Job:
     """A finished stage with the log in its work directory (an export has none)."""
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text().splitlines() if path.exists() else []
     try:
         log = [json.loads(line) for line in lines]
     except ValueError as error:
@@ -30,13 +31,13 @@ def read_job(workdir: pathlib.Path, stage: str, steps: int, batch_size: int) -> 
     return Job(workdir.name, stage, steps, batch_size, log)
 
 
-def write(report: Report, folder: str | pathlib.Path) -> None:
+def write(report: Report, folder: epath.PathLike) -> None:
     """Writes the report into a folder, which is made if it is missing.
 
     Raises:
       UserError: the folder cannot be written.
     """
-    folder = pathlib.Path(folder)
+    folder = epath.Path(folder)
     try:
         (folder / "videos").mkdir(parents=True, exist_ok=True)
         media.write_image(folder / "comparison.png", pictures.comparison(report))

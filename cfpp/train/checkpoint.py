@@ -229,14 +229,14 @@ def is_finished(workdir: epath.PathLike, last_step: int) -> bool:
 
 
 def load_model(
-    path: epath.PathLike, sharding: jax.sharding.Sharding | None = None
+    path: epath.PathLike, sharding: Tree = None
 ) -> tuple[ml_collections.ConfigDict, Tree]:
     """Loads the averaged parameters of a finished or running stage.
 
     Args:
       path: a stage's working directory, an export, or the working directory of a job of several
         stages (the last of them is taken).
-      sharding: of the parameters; the default device if None.
+      sharding: of all parameters, or a tree of theirs; the default device if None.
 
     Returns:
       The stage's configuration and the parameters.
@@ -304,7 +304,7 @@ def export(path: epath.PathLike, out: epath.PathLike) -> None:
         temporary.mkdir(parents=True, exist_ok=True)
         _check_room(temporary, params)
         checkpointer.save(
-            temporary.absolute(),
+            workdirs.absolute(temporary),
             args=ocp.args.Composite(
                 model=ocp.args.StandardSave(params),
                 fingerprint=ocp.args.JsonSave({MODEL: _sum_of_bits(params)}),
@@ -327,14 +327,16 @@ def _shapes(item: epath.Path) -> Tree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), metadata.tree)
 
 
-def _read_model(folder: epath.Path, sharding: jax.sharding.Sharding | None = None) -> Tree:
+def _read_model(folder: epath.Path, sharding: Tree = None) -> Tree:
     """The item `model` of a checkpoint or export."""
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with _damage():
-        template = jax.tree.map(lambda x: x.update(sharding=sharding), _shapes(folder / MODEL))
+        stored = _shapes(folder / MODEL)
+        shardings = jax.tree.broadcast(sharding, stored)
+        template = jax.tree.map(lambda x, where: x.update(sharding=where), stored, shardings)
         with ocp.Checkpointer(_export_handler()) as checkpointer:
             restored = checkpointer.restore(
-                folder.absolute(),
+                workdirs.absolute(folder),
                 args=ocp.args.Composite(
                     model=ocp.args.StandardRestore(template), fingerprint=ocp.args.JsonRestore()
                 ),

@@ -36,18 +36,23 @@ class Writer:
         """
         workdir = epath.Path(workdir)
         path = workdir / "metrics.jsonl"
+        self._path, self._rows = path, []
         if path.exists():
+            self._rows = _rows_until(first_step, path.read_text())
             temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text("".join(_rows_until(first_step, path.read_text())))
+            temporary.write_text("".join(self._rows))
             temporary.replace(path)
-        self._file = path.open("a")
         self._tensorboard = _tensorboard(workdir / "tensorboard")
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes numbers by name; the row is in the file when this returns."""
         row = {"step": step} | {name: float(value) for name, value in scalars.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._rows.append(json.dumps(row) + "\n")
+        if "://" in os.fspath(self._path):  # an object in a bucket cannot grow
+            self._path.write_text("".join(self._rows))
+        else:
+            with self._path.open("a") as file:
+                file.write(self._rows[-1])
         logging.info("step %d: %s", step, row)
         if self._tensorboard:
             self._tensorboard.write_scalars(step, scalars)
@@ -63,8 +68,7 @@ class Writer:
             self._tensorboard.write_texts(step, texts)
 
     def close(self) -> None:
-        """Writes what is pending, and closes both."""
-        self._file.close()
+        """Writes what is pending."""
         if self._tensorboard:
             self._tensorboard.close()
 
