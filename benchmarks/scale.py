@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from cfpp.attention.pattern import Pattern
+from cfpp.parallel import mesh
 from cfpp.rollout.generate import Rollout, consistency
 from cfpp.stages import dmd
 from tests import tiny
@@ -59,7 +60,7 @@ def compile_row(stage: str, topology: str) -> dict:
     batch, sizes = SLICES[topology]
     config = importlib.import_module(f"configs.{module}").get_config(argument)
     config.batch_size = batch
-    config.mesh.update(aot.mesh_sizes(sizes))
+    config.mesh.update(mesh.sizes(sizes))
     report = dataclasses.asdict(aot.compile_step(config, topology))
     return {
         "stage": stage,

@@ -235,22 +235,6 @@ def rank(reports: list[Report]) -> str:
     return "\n".join(lines)
 
 
-def mesh_sizes(text: str) -> dict[str, int]:
-    """Reads `--mesh`: axes that it does not name have size 1.
-
-    Raises:
-      UserError: a word is not AXIS=SIZE.
-    """
-    sizes = dict.fromkeys(mesh.AXES, 1)
-    for word in text.split(","):
-        axis, _, size = word.partition("=")
-        if axis not in mesh.AXES or not re.fullmatch(r"-?\d+", size):
-            known = ", ".join(f"{axis}=N" for axis in mesh.AXES)
-            raise UserError(f"--mesh={text}: {word!r} is none of {known}")
-        sizes[axis] = int(size)
-    return sizes
-
-
 def run(config: Config, name: str, sizes: str | None, sweep: bool, out: str | None) -> None:
     """Compiles and prints what the flags ask for.
 
@@ -264,7 +248,7 @@ def run(config: Config, name: str, sizes: str | None, sweep: bool, out: str | No
     print(f"{config.stage} on {name}, {len(devices)} chips")
     tried = [dict(config.mesh)]
     if sizes:
-        tried = [mesh_sizes(sizes)]
+        tried = [mesh.sizes(sizes)]
     if sweep:
         tried = list(meshes(config, len(devices)))
     reports = []

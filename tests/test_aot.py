@@ -9,8 +9,6 @@ import sys
 
 import pytest
 
-from cfpp.errors import UserError
-
 ROOT = pathlib.Path(__file__).parent.parent
 STAGE1 = "--config=configs/stage1.py"
 
@@ -46,19 +44,6 @@ def test_mistakes_on_the_command_line_are_one_line(arguments, message):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("fsdp=16,contxt=4", "'contxt=4' is none of data=N"), ("fsdp", "'fsdp' is none of")],
-)
-def test_mesh_that_cannot_be_read(aot, text, message):
-    with pytest.raises(UserError, match=message):
-        aot.mesh_sizes(text)
-
-
-def test_mesh_sizes(aot):
-    assert aot.mesh_sizes("fsdp=-1,context=4") == {"data": 1, "fsdp": -1, "context": 4, "tensor": 1}
 
 
 def test_meshes_of_a_sweep_divide(aot):

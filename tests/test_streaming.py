@@ -1,6 +1,8 @@
 """`python -m cfpp.rollout` on a tiny working directory: what it writes, what it refuses."""
 
 import importlib
+import subprocess
+import sys
 
 import imageio.v3 as imageio
 import jax
@@ -48,6 +50,37 @@ def test_any_number_of_frames(workdir, capsys):
 def test_latency_mode_counts_its_pass(workdir, capsys):
     stream(workdir, "--frames=2", "--steps=2", "--latency")
     assert "network passes a frame: 3" in capsys.readouterr().out
+
+
+ON_8_DEVICES = """
+import sys
+from unittest import mock
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)
+import numpy as np
+from cfpp import media
+from cfpp.rollout import __main__ as command, stream
+
+def frames(*arguments):
+    with mock.patch.object(media.Mp4Writer, "append") as append:
+        command.run(command.parse([*sys.argv[1:], "--frames=4", "--steps=2", *arguments]))
+    return np.stack([call.args[0] for call in append.call_args_list]).astype(int)
+
+alone = frames()
+programs = stream._play._cache_size()
+divided = frames("--mesh=data=1,context=4,tensor=2")
+assert stream._play._cache_size() <= programs + 2  # the first chunk's and the others'
+np.testing.assert_allclose(divided, alone, atol=1)
+print("equal")
+"""
+
+
+def test_one_stream_over_8_devices(workdir):
+    paths = [f"--workdir={workdir}", f"--out={workdir / 'out.mp4'}"]
+    command = [sys.executable, "-c", ON_8_DEVICES, *paths]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.endswith("equal\n"), done.stderr[-2000:]
 
 
 def test_export_is_enough(workdir, tmp_path):
@@ -129,6 +162,7 @@ def test_actions_are_read_and_repeated():
         (["--seed=-1"], "--seed is -1"),
         (["--first_frame=nowhere.png"], "nowhere.png"),
         (["--out=/proc/x.mp4"], "/proc/x.mp4"),
+        (["--mesh=rows=2"], "--mesh=rows=2: 'rows=2' is none of data=N"),
     ],
 )
 def test_refusals(workdir, arguments, message):

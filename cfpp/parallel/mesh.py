@@ -17,7 +17,8 @@ An array's axis that its mesh axes do not divide is divided by the first of them
 
 import functools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -52,7 +53,7 @@ USED = {
 }
 
 
-def create(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def create(config: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh`: a size for each of `AXES`, -1 for whatever is left.
 
     Args:
@@ -62,15 +63,31 @@ def create(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | No
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    sizes, devices = [config[axis] for axis in AXES], devices or jax.devices()
-    shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(size < 1 for size in sizes if size != -1):
+    wanted, devices = [config[axis] for axis in AXES], devices or jax.devices()
+    shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, wanted, strict=True))
+    if wanted.count(-1) > 1 or any(size < 1 for size in wanted if size != -1):
         raise UserError(f"config.mesh is {shown}; sizes are at least 1, and at most one of them -1")
-    given = math.prod(size for size in sizes if size != -1)
-    if len(devices) % given or (-1 not in sizes and given != len(devices)):
+    given = math.prod(size for size in wanted if size != -1)
+    if len(devices) % given or (-1 not in wanted and given != len(devices)):
         raise UserError(f"config.mesh is {shown}; it does not multiply to {len(devices)} devices")
-    shape = [len(devices) // given if size == -1 else size for size in sizes]
+    shape = [len(devices) // given if size == -1 else size for size in wanted]
     return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+
+
+def sizes(text: str) -> dict[str, int]:
+    """Reads `fsdp=16,context=4`, a command line's `--mesh`: axes that it does not name have size 1.
+
+    Raises:
+      UserError: a word is not AXIS=SIZE.
+    """
+    found = dict.fromkeys(AXES, 1)
+    for word in text.split(","):
+        axis, _, size = word.partition("=")
+        if axis not in AXES or not re.fullmatch(r"-?\d+", size):
+            known = ", ".join(f"{axis}=N" for axis in AXES)
+            raise UserError(f"--mesh={text}: {word!r} is none of {known}")
+        found[axis] = int(size)
+    return found
 
 
 def check(mesh: Mesh, model: ml_collections.ConfigDict) -> None:

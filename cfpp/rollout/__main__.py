@@ -4,6 +4,7 @@ python -m cfpp.rollout --workdir=runs/quickstart --frames=200 --steps=2 --out=pl
 """
 
 import argparse
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from cfpp import media
 from cfpp.data import pipeline
 from cfpp.data.actions import held_actions
 from cfpp.errors import ArgumentParser, UserError, exit_on_user_error
+from cfpp.models.network import Network, Params
+from cfpp.parallel import mesh
 from cfpp.rollout import generate
 from cfpp.rollout.stream import Player
 from cfpp.train import checkpoint
@@ -46,6 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--first_frame", help="a picture to start from; by default a held-out frame"
     )
+    parser.add_argument("--mesh", help="several devices for the stream: context=4,tensor=2")
     parser.add_argument("--latency", action="store_true", help="write the cache in a separate pass")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=int, default=8, help="enlargement of the video")
@@ -104,11 +108,27 @@ def first_frames(options: argparse.Namespace, config: ml_collections.ConfigDict)
     return np.zeros((1, 0, height, width, 3), np.uint8)
 
 
+def load(options: argparse.Namespace) -> tuple[ml_collections.ConfigDict, Params]:
+    """The model, laid out over the devices of the ambient mesh, if there is one.
+
+    Raises:
+      UserError: there is no such model, or it does not divide over the mesh.
+    """
+    path = options.workdir or options.checkpoint
+    if not options.mesh:
+        return checkpoint.load_model(path)
+    config, device_mesh = checkpoint.find_model(path)[1], jax.sharding.get_mesh()
+    mesh.check(device_mesh, config.model)
+    network = Network.create(config.model, config.pattern)
+    boxed = jax.eval_shape(network.init, jax.random.key(0))
+    return checkpoint.load_model(path, mesh.state_shardings(boxed, device_mesh))
+
+
 def run(options: argparse.Namespace) -> None:
     """Streams the video that the command line asks for.
 
     Raises:
-      UserError: the model, the picture, the actions or the output file cannot be used.
+      UserError: the mesh, the model, the picture, the actions or the output file cannot be used.
     """
     for name in ("frames", "steps", "first_steps", "scale"):
         value = getattr(options, name)
@@ -116,7 +136,15 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} is {value}; it must be at least 1")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed is {options.seed}; it must be at least 0 and less than 2**32")
-    config, params = checkpoint.load_model(options.workdir or options.checkpoint)
+    with contextlib.ExitStack() as stack:
+        if options.mesh:
+            stack.enter_context(jax.set_mesh(mesh.create(mesh.sizes(options.mesh))))
+        stream(options)
+
+
+def stream(options: argparse.Namespace) -> None:
+    """Streams on the devices of the ambient mesh, or on one; see `run`."""
+    config, params = load(options)
     fused = not options.latency
     rollout = generate.for_stage(config, options.steps, options.first_steps, fused)
     actions = steering(options, config.model.num_actions)
@@ -130,7 +158,9 @@ def run(options: argparse.Namespace) -> None:
         taken = list(itertools.islice(actions, chunk))
         return player.play(np.array([taken], np.int32))[0]
 
-    player().play(np.zeros((1, chunk), np.int32))  # compiles
+    session = player()
+    for _ in range(2):  # compiles; on several devices a second time for the layout it leaves
+        session.play(np.zeros((1, chunk), np.int32))
     seconds, done = [], 0
     with (
         media.Mp4Writer(options.out, FRAMES_PER_SECOND, options.scale) as writer,

@@ -8,6 +8,7 @@ import numpy as np
 
 from cfpp.models import codec
 from cfpp.models.network import Condition, Params
+from cfpp.parallel import mesh
 from cfpp.rollout.generate import Rollout, Stream, gaussian_noise
 
 
@@ -42,11 +43,10 @@ class Player:
         self._params = params
         self._rng = rng
         self._stream = _start(self._rollout, params, jnp.asarray(context), condition)
-        sharding = jax.tree.leaves(params)[0].sharding
-        if sharding.is_fully_replicated:
+        if mesh.ambient() is None:
             # An empty cache depends on no parameter, so JAX leaves open where it lives. Saying so
             # now saves the second chunk from being compiled anew.
-            self._stream = jax.device_put(self._stream, sharding)
+            self._stream = jax.device_put(self._stream, jax.tree.leaves(params)[0].sharding)
         self._schedule = 0  # the first chunk's, then 1
 
     @property

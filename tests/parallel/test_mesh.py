@@ -88,3 +88,16 @@ def test_every_mesh_computes_the_same(stage):
 def test_meshes_that_do_not_fit(sizes, message):
     with pytest.raises(UserError, match=message):
         mesh.create(ml_collections.ConfigDict(dict(zip(mesh.AXES, sizes, strict=True))))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("fsdp=16,contxt=4", "'contxt=4' is none of data=N"), ("fsdp", "'fsdp' is none of")],
+)
+def test_sizes_that_cannot_be_read(text, message):
+    with pytest.raises(UserError, match=message):
+        mesh.sizes(text)
+
+
+def test_sizes_from_a_command_line():
+    assert mesh.sizes("fsdp=-1,context=4") == {"data": 1, "fsdp": -1, "context": 4, "tensor": 1}
