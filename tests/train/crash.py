@@ -41,7 +41,7 @@ def start(workdir: pathlib.Path) -> int:
 
 
 def wait_until(condition) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, "the run does not come on"
         time.sleep(0.002)
