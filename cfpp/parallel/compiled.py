@@ -101,7 +101,7 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     for name, times in _times(computations, entry).items():
         for instruction in computations[name].values():
             kind = instruction.opcode.removesuffix("-start")
-            if kind not in _RECEIVED:
+            if kind not in _RECEIVED or _continues(instruction, computations[name]):
                 continue
             shapes = instruction.shapes
             if instruction.opcode == "all-gather-start":
@@ -118,6 +118,12 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
                 found[Collective(kind, axes, "+".join(shapes), received, 0)] += times
     rows = [dataclasses.replace(row, times=times) for row, times in found.items()]
     return sorted(rows, key=lambda row: -row.received * row.times)
+
+
+def _continues(instruction: "_Instruction", computation: dict[str, "_Instruction"]) -> bool:
+    """Whether a collective that goes on beside other work, in several fusions, began in another."""
+    starts = any('"AsyncCollectiveStart"' in other.text for other in computation.values())
+    return "chain_id=" in instruction.text and not starts
 
 
 _RECEIVED = {

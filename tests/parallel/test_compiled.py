@@ -33,6 +33,19 @@ TEXT = """HloModule step
   ROOT %slice = bf16[16,32]{1,0} dynamic-slice(%all-reduce.2), dynamic_slice_sizes={16,32}
 }
 
+%begins (x: bf16[16,48]) -> (bf16[16,48], bf16[64,48], u32[]) {
+  %x = bf16[16,48]{1,0} parameter(0)
+  %all-gather.5 = bf16[64,48]{1,0} all-gather(%x), channel_id=7, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+  ROOT %start = (bf16[16,48]{1,0}, bf16[64,48]{1,0}, u32[]) custom-call(%all-gather.5), custom_call_target="AsyncCollectiveStart"
+}
+
+%goes_on (x: bf16[16,48], y: bf16[64,48], z: u32[]) -> bf16[64,48] {
+  %x = bf16[16,48]{1,0} parameter(0)
+  %all-gather.6 = bf16[64,48]{1,0} all-gather(%x), channel_id=7, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+  %y = bf16[64,48]{1,0} parameter(1)
+  ROOT %done = bf16[64,48]{1,0} custom-call(%x, %all-gather.6, %y), custom_call_target="AsyncCollectiveDone"
+}
+
 %body (state: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {
   %state = (s32[], bf16[64,32]{1,0:T(8,128)(2,1)}) parameter(0)
   %two = s32[]{:T(128)} constant(2)
@@ -53,6 +66,9 @@ ENTRY %main (x: bf16[64,32]) -> bf16[64,32] {
   %loop = (s32[], bf16[64,32]{1,0}) while(%state), condition=%condition, body=%body
   %alone = f32[8]{0} all-reduce(%x), replica_groups={{0},{1},{2},{3}}, to_apply=%add
   %sum = (f32[8]{0}, f32[2]{0}) all-reduce(%x, %x), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %piece = bf16[16,48]{1,0} constant({...})
+  %beside = (bf16[16,48]{1,0}, bf16[64,48]{1,0}, u32[]) fusion(%piece), kind=kCustom, calls=%begins
+  %whole = bf16[64,48]{1,0} fusion(%beside), kind=kCustom, calls=%goes_on
   ROOT %y = bf16[64,32]{1,0} get-tuple-element(%loop), index=1
 }
 """  # noqa: E501
@@ -61,7 +77,8 @@ ENTRY %main (x: bf16[64,32]) -> bf16[64,32] {
 def test_collectives():
     """The loop counts 4, 6, 8, 10: four turns. Nothing is exchanged by a group of one."""
     size = 64 * 32 * 2
-    rows = {row.kind: row for row in compiled.collectives(TEXT, FakeMesh)}
+    every = compiled.collectives(TEXT, FakeMesh)
+    rows = {row.kind: row for row in every if row.times > 1 or row.kind == "all-reduce"}
     assert rows.keys() == {"all-gather", "reduce-scatter", "collective-permute", "all-reduce"}
     expected = {
         "all-gather": (("context",), 0.75 * size, 4),
@@ -72,6 +89,10 @@ def test_collectives():
     for kind, (axes, received, times) in expected.items():
         row = rows[kind]
         assert (row.axes, row.received, row.times) == (axes, received, times), kind
+    beside = [row for row in every if row.shape == "bf16[64,48]"]
+    assert [(row.kind, row.received, row.times) for row in beside] == [
+        ("all-gather", 0.75 * 64 * 48 * 2, 1)
+    ], "an exchange beside other work is written in several fusions, and happens once"
 
 
 def test_operations_of_scans_and_gradients():
