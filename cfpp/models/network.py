@@ -17,24 +17,35 @@ from cfpp import flow
 from cfpp.attention.cache import Cache
 from cfpp.attention.pattern import Pattern, teacher_forced_entries
 from cfpp.models.dit import DiT
+from cfpp.parallel import mesh
 
 Params = Any
 Condition = dict[str, jax.Array]
 
 
+def paired(first: Any, second: Any) -> Any:
+    """The clips of two batches in turn, so that a device that has a clip has both of it.
+
+    Guidance evaluates the network once on such pairs, (conditional, unconditional).
+    """
+    join = lambda a, b: jnp.stack([a, b], 1).reshape(2 * len(a), *a.shape[1:])
+    return jax.tree.map(join, first, second)
+
+
 def twice(tree: Any) -> Any:
-    """Repeats every array of `tree` along the batch: once conditional, once unconditional."""
-    return jax.tree.map(lambda x: jnp.concatenate([x, x]), tree)
+    """Every clip as both of a pair."""
+    return paired(tree, tree)
+
+
+def guide_pairs(v: jax.Array, weight: float) -> jax.Array:
+    """The guided velocity `[B, ...]` from one of pairs, `[2 B, ...]`."""
+    v = v.reshape(-1, 2, *v.shape[1:])
+    return flow.guide(v[:, 0], v[:, 1], weight)
 
 
 def guided(velocity: flow.Velocity, weight: float) -> flow.Velocity:
-    """A guided velocity field from one over the doubled batch `[conditional; unconditional]`."""
-
-    def fn(x, sigma):
-        v_cond, v_uncond = jnp.split(velocity(twice(x), twice(sigma)), 2)
-        return flow.guide(v_cond, v_uncond, weight)
-
-    return fn
+    """A guided velocity field from one over pairs."""
+    return lambda x, sigma: guide_pairs(velocity(twice(x), twice(sigma)), weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +89,24 @@ class Network:
 
         return dit.init(rng, method=run)["params"]
 
+    def gathered(self, params: Params) -> Params:
+        """Parameters as every pass uses them, for many passes without a gradient.
+
+        Each pass would gather them anew, layer by layer; of these it gathers none, and the result
+        is the same. The matrices of the blocks, nearly all there is, are in `dit.dtype`, as their
+        products take them. Without a mesh they are returned as they are.
+        """
+        if mesh.ambient() is None:
+            return params
+
+        def place(path, array, box):
+            if (path[0].key, path[-1].key) == ("blocks", "kernel"):
+                array = array.astype(self.dit.dtype)
+            return mesh.constrain(array, *box.names)
+
+        boxed = jax.eval_shape(self.init, jax.random.key(0))
+        return jax.tree_util.tree_map_with_path(place, params, boxed)
+
     def null(self, condition: Condition) -> Condition:
         """The condition that stands for none: the extra action, text embeddings of zero."""
         nothing = {"actions": self.dit.num_actions, "text": 0}
@@ -95,8 +124,8 @@ class Network:
         return jax.tree.map(choose, self.null(condition), condition)
 
     def with_null(self, condition: Condition) -> Condition:
-        """`[conditional; unconditional]` along the batch, for `guided`."""
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, self.null(condition))
+        """The condition and its absence in pairs, for `guided`."""
+        return paired(condition, self.null(condition))
 
     def text(self, params: Params, condition: Condition) -> Any:
         """The text's keys and values, computed once a clip; None for a model without text."""

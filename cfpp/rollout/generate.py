@@ -29,7 +29,7 @@ from cfpp.attention.cache import Cache
 from cfpp.attention.pattern import CLEAN
 from cfpp.errors import UserError
 from cfpp.models import codec
-from cfpp.models.network import Condition, Network, Params, twice
+from cfpp.models.network import Condition, Network, Params, guide_pairs, twice
 
 Noise = Callable[[jax.Array, jax.Array], jax.Array]  # (first frame of a chunk, step) -> noise
 
@@ -252,6 +252,7 @@ class Rollout(flax.struct.PyTreeNode):
           The stream, and a `Chunk` whose x0 and x are `[B, chunks * chunk, H, W, C]` and whose
           sigma is `[chunks * chunk]`.
         """
+        params = self.network.gathered(params)
         actions = condition.get("actions")
         size = self.network.pattern.chunk
         if actions is not None:
@@ -308,7 +309,7 @@ class Rollout(flax.struct.PyTreeNode):
         return condition if self.guidance == 1.0 else self.network.with_null(condition)
 
     def _evaluate(self, params, stream, x, sigma, frame, copy, actions):
-        """Velocity `[B, ...]` and new keys and values of entries, guided on the doubled batch."""
+        """Velocity `[B, ...]` and new keys and values of entries, guided on pairs."""
         if self.guidance != 1.0:
             x, sigma = twice((x, sigma))
             if actions is not None:
@@ -319,7 +320,7 @@ class Rollout(flax.struct.PyTreeNode):
             params, x, sigma, frame, copy, actions, stream.text, stream.cache
         )
         if self.guidance != 1.0:
-            v = flow.guide(*jnp.split(v, 2), self.guidance)
+            v = guide_pairs(v, self.guidance)
         return v, key_value
 
     def _fused_step(self, params, stream, x, sigma, frame, actions):
