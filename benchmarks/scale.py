@@ -40,7 +40,8 @@ STAGES = {
     "3, 14B real score": ("stage3", "wan_1_3b,teacher=14b"),
 }
 
-# Clips in a batch and mesh. Slices smaller than the four show where a stage stops to fit.
+# Clips in a batch and mesh. The four that all stages shall fit on come first; the smaller ones show
+# where a stage stops to fit.
 SLICES = {
     "v5e:16x16": (64, "fsdp=64,context=4"),
     "v5p:4x4x4": (64, "fsdp=16,context=4"),
