@@ -125,7 +125,7 @@ def compile_step(config: Config, name: str) -> Report:
     try:
         step = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "memory space hbm" not in str(error):
             raise
         peak, largest = _exhausted(str(error), chip.memory)
         seconds = time.perf_counter() - begin
@@ -172,7 +172,7 @@ def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
         for context in range(1, devices + 1):
             fsdp, left = divmod(devices, tensor * context)
             fits = not (left or model.heads % tensor or tokens % context)
-            if fits and fsdp and config.batch_size % fsdp == 0:
+            if fits and fsdp and config.batch_size % (fsdp * config.accumulate) == 0:
                 yield {"data": 1, "fsdp": fsdp, "context": context, "tensor": tensor}
 
 
@@ -251,6 +251,11 @@ def run(config: Config, name: str, sizes: str | None, sweep: bool, out: str | No
         tried = [mesh.sizes(sizes)]
     if sweep:
         tried = list(meshes(config, len(devices)))
+        if not tried:
+            raise UserError(
+                f"no mesh of {len(devices)} chips divides config.batch_size {config.batch_size} by "
+                "fsdp and the model by context and tensor"
+            )
     reports = []
     for config.mesh in tried:
         reports.append(compile_step(config, name))

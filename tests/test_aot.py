@@ -98,16 +98,51 @@ def test_what_does_not_fit(aot):
     assert "--config.model.remat=full" in aot.advice(config, report(aot, fits=False))
 
 
+def test_a_sweep_without_meshes(aot, monkeypatch):
+    from configs import stage1
+
+    monkeypatch.setattr(aot.topology, "devices", lambda name: [None] * 7)
+    config = stage1.get_config("wan_1_3b")
+    with pytest.raises(UserError, match="no mesh of 7 chips divides"):
+        aot.run(config, "v5e:7", None, True, None)
+
+
+needs_compiler = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler"
+)
+
+MINIATURE = [
+    STAGE1,
+    *(
+        f"--config.model.{name}={value}"
+        for name, value in {
+            "dim": 64, "ffn_dim": 128, "heads": 4, "layers": 2, "frequency_dim": 16, "unroll": 1,
+            "attention": "xla",
+        }.items()
+    ),
+    "--config.optimizer.name=adamw",
+    "--topology=v5e:2x2",
+]  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
+@needs_compiler
+def test_a_sweep_ends_in_a_ranking():
+    """One clip: all chips divide it."""
+    done = command(*MINIATURE, "--config.batch_size=1", "--sweep")
+    assert done.returncode == 0, done.stderr
+    meshes = {"context=4", "context=2, tensor=2", "tensor=4"}
+    table = done.stdout.rpartition("\n\n")[2].splitlines()
+    assert table[0].startswith("| mesh | peak") and len(table) == 2 + len(meshes)
+    assert {row.split(" | ")[0][2:] for row in table[2:]} == meshes
+    assert done.stdout.count(": fits") == len(meshes)
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_a_step_compiles_for_a_slice(tmp_path):
     """The whole command, on a stage in miniature whose tokens are divided."""
-    tiny = {"dim": 64, "ffn_dim": 128, "heads": 4, "layers": 2, "frequency_dim": 16, "unroll": 1}
-    fields = [f"--config.model.{name}={value}" for name, value in tiny.items()]
-    done = command(
-        STAGE1, *fields, "--config.optimizer.name=adamw", "--config.model.attention=xla",
-        "--topology=v5e:2x2", "--mesh=fsdp=2,context=2", f"--json={tmp_path / 'out.json'}",
-    )  # fmt: skip
+    done = command(*MINIATURE, "--mesh=fsdp=2,context=2", f"--json={tmp_path / 'out.json'}")
     assert done.returncode == 0, done.stderr
     assert "ar_diffusion on v5e:2x2, 4 chips" in done.stdout and ": fits" in done.stdout
     (found,) = json.loads((tmp_path / "out.json").read_text())
