@@ -169,6 +169,7 @@ def main() -> None:
                 continue
             rows.append(compile_row(stage, topology))
             RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+            write_table("slices", table(rows))
             print(table(rows[-1:]), flush=True)
     write_table("slices", table(rows))
     write_table("replay", replay_table(replay_rows))
