@@ -125,7 +125,7 @@ def compile_step(config: Config, name: str) -> Report:
     try:
         step = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "memory space hbm" not in str(error):
+        if "hbm" not in str(error).lower():
             raise
         peak, largest = _exhausted(str(error), chip.memory)
         seconds = time.perf_counter() - begin
@@ -151,7 +151,7 @@ def compile_step(config: Config, name: str) -> Report:
 def _exhausted(message: str, memory: float) -> tuple[float, tuple[str, ...]]:
     """The bytes that a step would take, and its largest buffers, from the compiler's refusal."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
-    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)", message)
+    used = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)", message)
     peak = float(used.group(1)) * units[used.group(2)] if used else memory
     sizes = re.findall(r"Size: ([\d.]+[KMGT]?)(.*?)(?=Size:|\Z)", message, re.DOTALL)
     rows = []
@@ -197,7 +197,8 @@ def show(report: Report) -> str:
     share = f"{report.peak / report.memory:.0%} of {size(report.memory)}"
     lines = [f"mesh {sizes}: " + ("fits" if report.fits else "does not fit")]
     if not report.fits:
-        lines.append(f"  memory         {size(report.peak)} needed, {share}; largest buffers:")
+        buffers = "; largest buffers:" if report.largest else ""
+        lines.append(f"  memory         {size(report.peak)} needed, {share}{buffers}")
         lines += [f"                 {row}" for row in report.largest]
     else:
         lines.append(

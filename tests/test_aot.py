@@ -87,6 +87,8 @@ def test_what_does_not_fit(aot):
         "     Shape: f32[1,12,65520,65520]{3,2,1,0:T(8,128)}\n     Unpadded size: 59.98G\n"
         "  2. Size: 30.00G\n     Shape: bf16[7,9]{1,0}\n"
     )
+    brief = "the total memory required for HLO temporaries (1.08T) exceeds available HBM (15.75G)."
+    assert aot._exhausted(brief, 0.0) == (1.08 * 2**40, ())
     peak, largest = aot._exhausted(message, 0.0)
     assert peak == 146.83 * 2**30
     assert largest == ("60.00G f32[1,12,65520,65520] jit(step)/softmax", "30.00G bf16[7,9] ")
