@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from cfpp.errors import UserError
+
 ROOT = pathlib.Path(__file__).parent.parent
 STAGE1 = "--config=configs/stage1.py"
 
