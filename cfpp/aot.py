@@ -246,7 +246,7 @@ def run(config: Config, name: str, sizes: str | None, sweep: bool, out: str | No
         raise UserError(f"--config has several jobs, {', '.join(config.jobs)}; give one stage's")
     config = config.copy_and_resolve_references()
     devices = topology.devices(name)
-    print(f"{config.stage} on {name}, {len(devices)} chips")
+    print(f"{config.stage} on {name}, {len(devices)} devices")
     tried = [dict(config.mesh)]
     if sizes:
         tried = [mesh.sizes(sizes)]

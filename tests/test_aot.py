@@ -148,7 +148,7 @@ def test_a_step_compiles_for_a_slice(tmp_path):
     """The whole command, on a stage in miniature whose tokens are divided."""
     done = command(*MINIATURE, "--mesh=fsdp=2,context=2", f"--json={tmp_path / 'out.json'}")
     assert done.returncode == 0, done.stderr
-    assert "ar_diffusion on v5e:2x2, 4 chips" in done.stdout and ": fits" in done.stdout
+    assert "ar_diffusion on v5e:2x2, 4 devices" in done.stdout and ": fits" in done.stdout
     (found,) = json.loads((tmp_path / "out.json").read_text())
     assert found["fits"] and 0 < found["peak"] < found["memory"]
     assert {"all-to-all"} <= {row["kind"] for row in found["collectives"]}

@@ -11,7 +11,9 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """A chip's figures, from Google's TPU documentation; the memory as the compiler limits it.
+    """A device's figures, from Google's TPU documentation; the memory as the compiler limits it.
+
+    A device is a chip, but half of one of the seventh generation, whose chips are of two.
 
     Attributes:
       memory: bytes of HBM that a program may use.
@@ -30,6 +32,7 @@ CHIPS = {
     "v5e": Chip(15.75 * GIB, 197e12, 200e9, "v5e:16x16"),
     "v5p": Chip(95.74 * GIB, 459e12, 600e9, "v5p:4x4x4"),
     "v6e": Chip(31.25 * GIB, 918e12, 448e9, "v6e:16x16"),
+    "tpu7x": Chip(94.75 * GIB, 2307e12 / 2, 600e9 / 2, "tpu7x:4x4x4"),
 }
 
 

@@ -69,6 +69,7 @@ def gradients(mask):
         ("v5p:2x2x1", 12, 21, 1560, 128),
         ("v6e:2x2", 12, 21, 1560, 128),
         ("v5p:2x2x1", 40, 21, 1560, 128),  # 14B
+        ("tpu7x:2x2x1", 40, 21, 1560, 128),
         ("v5e:2x2", 8, 4, 24, 24),  # several frames a block, masked inside
     ],
 )
@@ -82,7 +83,8 @@ def test_training_compiles(name, heads, frames, tokens, head_dim):
 
 
 @pytest.mark.parametrize(
-    ("name", "heads", "queries"), [("v5e:2x2", 12, 2), ("v5p:2x2x1", 40, 1), ("v6e:2x2", 12, 1)]
+    ("name", "heads", "queries"),
+    [("v5e:2x2", 12, 2), ("v5p:2x2x1", 40, 1), ("v6e:2x2", 12, 1), ("tpu7x:2x2x1", 40, 1)],
 )
 def test_attention_to_a_cache_compiles(name, heads, queries):
     """Against 21 slots, of which those that are filled are known at run time."""
