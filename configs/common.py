@@ -157,6 +157,7 @@ def model(options: ConfigDict) -> ConfigDict:
     config.gate_init = 1.0
     config.prediction = "x0"
     config.dtype = "float32"
+    config.cache_dtype = ""  # of a rollout's keys and values: "int8", "float8_e4m3fn"; "": dtype
     config.attention = "auto"  # see cfpp.attention.dispatch
     config.remat = "none"
     config.unroll = 4

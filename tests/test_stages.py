@@ -122,6 +122,15 @@ def test_configs_that_cannot_be(stage, fields, message):
         stages.build(config)
 
 
+def test_stage_3_trains_without_rounding_what_it_replays():
+    config = tiny_config("dmd")
+    config.model.cache_dtype = "int8"
+    stage = stages.build(config)
+    state = nn.meta.unbox(jax.eval_shape(stage.init, jax.random.key(0), parents(config, stage)))
+    program = str(jax.make_jaxpr(stage.step)(state, batch(config), jax.random.key(0)))
+    assert ":f32[" in program and ":i8[" not in program
+
+
 def test_clips_of_floats_are_latents_already():
     video = np.array([0, 255], np.uint8).reshape(1, 2, 1, 1, 1)
     latents, condition = clip({"video": jnp.asarray(video), "actions": jnp.zeros((1, 2), int)})

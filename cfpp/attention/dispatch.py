@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from cfpp.attention.cache import Cached, Quantised
 from cfpp.attention.schedule import Mask, StaticMask, plain
 from cfpp.errors import UserError
 from cfpp.parallel import context, mesh
@@ -53,7 +54,7 @@ AUTO = {"cpu": "xla", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}
 def attend(
     name: str,
     q: jax.Array,
-    parts: Sequence[tuple[jax.Array, jax.Array, StaticMask | jax.Array, jax.Array | None]],
+    parts: Sequence[tuple[Cached, Cached, StaticMask | jax.Array, jax.Array | None]],
 ) -> jax.Array:
     """Attention over one or several sets of keys.
 
@@ -99,6 +100,10 @@ def _attend_layer(implementation, q, k, v, mask, layer):
 
 
 def _attend_layer_forward(implementation, q, k, v, mask, layer):
+    if isinstance(k, Quantised):
+        raise ValueError(
+            f"no gradient is known through a cache in {k.dtype}, only through a plain one"
+        )
     return _attend_layer(implementation, q, k, v, mask, layer), (q, k, v, mask, layer)
 
 

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from cfpp.attention import pallas_hopper
+from cfpp.attention.cache import Cached, Quantised, factors
 from cfpp.attention.reference import NOTHING
 from cfpp.attention.schedule import RESIDUAL, Mask, keep_static, plain
 from cfpp.attention.visits import Visits, visits
@@ -71,6 +72,11 @@ class _Sequence(NamedTuple):
         ref = ref.at[(*outer, pl.ds(j * self.block, self.block))]
         mask = self._mask(ref.shape, j, whole)
         return ref[...] if mask is None else triton.load(ref, mask=mask, other=0.0)
+
+    def load_cached(self, x, j, whole: bool, dtype, layer):
+        """Block `j` of one layer's keys or values in `dtype`, and its scales (`cache.factors`)."""
+        values, scale = factors(jax.tree.map(lambda x: self.load(x, j, whole, layer), x), dtype)
+        return values, scale[None] if isinstance(x, Quantised) else scale
 
     def store(self, ref, j, value):
         """Writes block `j` of `ref`, as far as it lies in the array."""
@@ -125,14 +131,16 @@ def _forward_kernel(
 
     def body(j, carry, whole):
         acc, top, total = carry
-        scores = _dot(q, key.load(k, j, whole, layer), (1, 1)) * scale
+        keys, k_scale = key.load_cached(k, j, whole, q.dtype, layer)
+        scores = _dot(q, keys, (1, 1)) * (scale * k_scale)
         if not whole:
             scores = jnp.where(_visible(tables, query, i, key, j), scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(1))
         weights = jnp.exp2(scores - new_top[:, None])
         decay = jnp.exp2(top - new_top)
-        values = key.load(v, j, whole, layer)
-        acc = acc * decay[:, None] + _dot(weights.astype(values.dtype), values, (1, 0))
+        values, v_scale = key.load_cached(v, j, whole, q.dtype, layer)
+        fresh = _dot((weights * v_scale).astype(values.dtype), values, (1, 0))
+        acc = acc * decay[:, None] + fresh
         return acc, new_top, total * decay + weights.sum(1)
 
     # A finite top where nothing has been seen yet: the difference from -inf is then no NaN.
@@ -206,7 +214,7 @@ def _call(kernel, arrays, outputs, rows: int, plan: _Plan):
     """Runs `kernel` on every block of rows of every head of the batch.
 
     Args:
-      arrays: those of two dimensions or fewer are given whole; of others, `[..., B, N, length]` or
+      arrays: those of two dimensions or fewer are given whole; of others, `[B, N, length]` or
         `[..., B, N, length, D]`, a kernel sees what belongs to its head, with the width padded.
       outputs: shapes and dtypes, with `[B, N]` in front.
       rows: of the sequence.
@@ -216,6 +224,10 @@ def _call(kernel, arrays, outputs, rows: int, plan: _Plan):
     width = max(16, pl.next_power_of_2(outputs[0].shape[-1]))
 
     def spec(x):
+        if isinstance(x, Quantised):  # scales `[L, B, N, length]`
+            block = (x.shape[0], None, None, x.shape[-2])
+            scale = pl.BlockSpec(block, lambda i, n, b: (0, b, n, 0))
+            return Quantised(spec(x.values), scale)
         if x.ndim <= 2:
             return pl.BlockSpec(x.shape, lambda i, n, b: (0,) * x.ndim)
         if x.ndim == 3:
@@ -253,7 +265,7 @@ def _tables(plan: _Plan, mask, rows_are_keys: bool = False) -> Visits:
 
 def _forward(plan: _Plan, q, k, v, mask, layer):
     """Output and logsumexp of `q` `[B, N, length, D]`, `k` and `v` `[L, B, N, length, D]`."""
-    if plan.backend == "mosaic":
+    if plan.backend == "mosaic" and not isinstance(k, Quantised):
         return pallas_hopper.forward(q, k, v, plain(mask), layer, plan.tokens, plan.interpret)
     kernel = functools.partial(_forward_kernel, **_sides(plan, q, k))
     outputs = q, jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
@@ -290,10 +302,17 @@ def _attend_backward(plan: _Plan, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _join(x: Cached) -> Cached:
+    """Lays frames end to end: `[..., E, T, D]` as `[..., E * T, D]`."""
+    if isinstance(x, Quantised):
+        return Quantised(_join(x.values), x.scale.reshape(*x.scale.shape[:-3], -1))
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+
 def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Cached,
+    v: Cached,
     mask: Mask,
     layer: jax.Array | None = None,
     backend: str = "triton",
@@ -305,7 +324,8 @@ def attend(
     `jax_default_matmul_precision`, like all others: TensorFloat-32 where nothing is said.
 
     Args:
-      backend: 'triton', or 'mosaic' (`pallas_hopper`) on Hopper alone.
+      backend: 'triton', or 'mosaic' (`pallas_hopper`) on Hopper alone, which leaves a quantised
+        cache to Triton.
       interpret: whether to run the kernels in Pallas's interpreter, on any device; for Mosaic's,
         JAX's `InterpretGPUParams`.
 
@@ -315,16 +335,16 @@ def attend(
     """
     if q.shape[-1] > HEAD_DIM:
         raise ValueError(f"pallas_gpu takes heads of at most {HEAD_DIM}, got {q.shape[-1]}")
-    if not q.dtype == k.dtype == v.dtype:
+    if not (q.dtype == k.dtype == v.dtype or isinstance(k, Quantised)):
         raise ValueError(f"q, k and v have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    *_, frames, tokens, head_dim = q.shape
+    frames, tokens = q.shape[2:4]
     length = max(frames, k.shape[-3]) * tokens
     plan = _Plan(tokens, Tile.choose(q.dtype, length, tokens), backend, interpret)
-    join = lambda x: x.reshape(*x.shape[:-3], -1, head_dim)  # frames end to end
+    joined = _join(q), _join(k), _join(v)
     mask = keep_static(mask)
     if layer is None:
-        out, logsumexp = _attend(plan, join(q), join(k), join(v), mask)
+        out, logsumexp = _attend(plan, *joined, mask)
     else:
         layer = jnp.asarray(layer, jnp.int32).reshape(1)
-        out, logsumexp = _forward(plan, join(q), join(k), join(v), mask, layer)
+        out, logsumexp = _forward(plan, *joined, mask, layer)
     return out.reshape(q.shape), logsumexp.reshape(q.shape[:-1])

@@ -1,10 +1,11 @@
 """Attention between frames as Pallas kernels for TPU: forward, backward, and over a cache's layer.
 
 The mask is a table of frames, so the kernels work on *blocks* that it can speak of: a part of one
-frame, or several whole frames where these are short. A list holds the pairs of blocks with a
-visible pair of frames, in order; the grid walks this list and nothing else, so that no other pair
-is fetched or computed. Where the mask is known only at run time, so are the list and the length of
-the grid: one kernel serves training and rollout.
+frame, or several whole frames where these are short. A part may reach past its frame's end: there
+it reads zeros, and writes nothing. A list holds the pairs of blocks with a visible pair of frames,
+in order; the grid walks this list and nothing else, so that no other pair is fetched or computed.
+Where the mask is known only at run time, so are the list and the length of the grid: one kernel
+serves training and rollout.
 
 Inside a block everything is kept transposed: scores are `[keys, queries]`. The softmax statistics,
 the logsumexp and delta of the backward pass are then rows along the lanes, the reductions run over
@@ -21,6 +22,7 @@ Dimension letters: B batch, N heads, E entries (frames), T tokens a frame, D hea
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,10 +33,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from cfpp.attention import schedule
+from cfpp.attention.cache import Cached, Quantised, cut
 from cfpp.attention.reference import NOTHING
 from cfpp.attention.schedule import RESIDUAL, Mask
 
 SMALLEST_PART, LARGEST_BLOCK = 128, 1664  # tokens; the kernels at the latter fill a v5e's 16 MiB
+LANES = 128  # of a TPU's registers: what blocks that do not fill a frame are multiples of
 
 # (keys, queries) whose scores are computed at a time: of those tried, these keep the matrix units
 # busiest in the compiler's schedules for v5e and v6e (benchmarks/tpu_compile.py). The forward pass
@@ -56,30 +60,58 @@ class Blocks(NamedTuple):
     group: int
     split: int
     rows: int  # tokens of a block
+    tail: int = 0  # tokens of the last block of each frame, 0 where that is `rows`
 
     @classmethod
-    def choose(cls, frames: int, tokens: int) -> "Blocks":
-        """The largest blocks of at most `LARGEST_BLOCK` tokens that cut frames evenly.
+    def choose(cls, frames: int, tokens: int, in_place: bool = False) -> "Blocks":
+        """The largest blocks of at most `LARGEST_BLOCK` tokens that cut frames evenly, or nearly.
 
-        Raises:
-          ValueError: a frame exceeds that, and divides into no parts of `SMALLEST_PART` or more.
+        Args:
+          in_place: whether to cut without moving data, which a TPU has in tiles of 8 tokens.
         """
         if tokens <= LARGEST_BLOCK:
             most = min(LARGEST_BLOCK // tokens, 31)  # frames of a block are bits of an int32
+            if in_place and tokens % 8:
+                most = 1
             group = max(n for n in range(1, most + 1) if frames % n == 0)
             return cls(group, 1, group * tokens)
-        parts = [n for n in range(SMALLEST_PART, LARGEST_BLOCK + 1) if tokens % n == 0]
-        if not parts:
-            raise ValueError(
-                f"pallas_tpu cuts a frame into equal parts of {SMALLEST_PART} to {LARGEST_BLOCK} "
-                f"tokens, which {tokens} tokens do not allow"
-            )
-        rows = max(parts, key=lambda n: (n % 8 == 0, n))  # 8: then cutting moves no data
-        return cls(1, tokens // rows, rows)
+        parts = range(SMALLEST_PART, LARGEST_BLOCK + 1)
+        rows = max((n for n in parts if tokens % n == n % 8 == 0), default=0)
+        if rows:
+            return cls(1, tokens // rows, rows)
+        split = -(-tokens // LARGEST_BLOCK)
+        rows = -(-tokens // (split * LANES)) * LANES
+        split = -(-tokens // rows)
+        return cls(1, split, rows, tokens - (split - 1) * rows)
 
-    def cut(self, x: jax.Array) -> jax.Array:
-        """`[..., E, T, D]` as `[..., blocks, rows, D]`."""
-        return x.reshape(*x.shape[:-3], -1, self.rows, x.shape[-1])
+    def cut(self, x: Cached) -> Cached:
+        """`[..., E, T, D]` as `[..., blocks, rows, D]`; as it is if blocks do not fill frames."""
+        return x if self.tail else cut(x, self.rows)
+
+    def spec(self, array: jax.Array, place: Callable) -> pl.BlockSpec:
+        """A block of an array, `[..., rows, D]` or `[..., 1, rows]`.
+
+        Args:
+          place: from indices of the grid and the tables to all but the last two indices of a block
+            of an array that was cut.
+        """
+        outer, last = (None,) * (array.ndim - 2), array.shape[-2:]
+        if not self.tail:
+            return pl.BlockSpec((*outer, *last), lambda *at: (*place(*at), 0, 0))
+        by_lane = last[0] == 1
+
+        def index(*at):
+            *before, block = place(*at)
+            frame, part = jax.lax.div(block, self.split), jax.lax.rem(block, self.split)
+            return (*before, frame, *((0, part) if by_lane else (part, 0)))
+
+        return pl.BlockSpec((*outer, *((1, self.rows) if by_lane else (self.rows, last[1]))), index)
+
+    def end(self, block):
+        """The tokens of a block, the int32 `block`, that lie in its frame."""
+        if not self.tail:
+            return self.rows
+        return jnp.where(jax.lax.rem(block, self.split) == self.split - 1, self.tail, self.rows)
 
 
 class Visits(NamedTuple):
@@ -89,7 +121,8 @@ class Visits(NamedTuple):
 
     Attributes:
       outer, inner: `[visits]`, the block whose output is computed, and the one that it meets.
-      kind: `[visits]`, 0 where nothing is visible, 1 where some frames are, 2 where all are.
+      kind: `[visits]`, 0 where nothing is visible, 1 where some frames are, 2 where all are and
+        neither block reaches past a frame's end.
       bits: `[visits * query group]`, what each query frame of the pair sees: bit j is frame j of
         the key block.
       length: how many there are; the arrays may be longer.
@@ -115,6 +148,10 @@ def visits(mask: Mask, query: Blocks, key: Blocks, by_key: bool) -> Visits:
     bits = bits.reshape(-1, query.group, bits.shape[1])
     bits = bits.transpose((2, 0, 1) if by_key else (0, 2, 1))  # [outer, inner, query group]
     some, every = (bits > 0).any(2), (bits == 2**key.group - 1).all(2)
+    for blocks, axis in ((query, int(by_key)), (key, int(not by_key))):
+        if blocks.tail:
+            whole = np.arange(some.shape[axis]) % blocks.split < blocks.split - 1
+            every &= np.expand_dims(whole, 1 - axis)
     alone = ~some.any(1, keepdims=True) & (np.arange(some.shape[1]) == 0)
     size = {} if xp is np else {"size": some.size, "fill_value": 0}
     outer, inner = xp.nonzero(some | alone, **size)
@@ -139,43 +176,91 @@ def _parts(rows: int, columns: int, size: tuple[int, int]) -> list:
 class _Visit:
     """What every kernel asks about the visit that it is on."""
 
-    def __init__(self, query: Blocks, key: Blocks, outer, inner, kind, bits):
+    def __init__(self, query: Blocks, key: Blocks, visits, by_key: bool = False):
+        outer, inner, kind, bits = visits
         step, last_step = pl.program_id(2), pl.num_programs(2) - 1
         self.first = (step == 0) | (outer[jnp.maximum(step - 1, 0)] != outer[step])
         self.last = (step == last_step) | (outer[jnp.minimum(step + 1, last_step)] != outer[step])
         self.kind = kind[step]
         self.bits = [bits[step * query.group + frame] for frame in range(query.group)]
         self.query, self.key = query, key
+        self.query_end = query.end((inner if by_key else outer)[step])
+        self.key_end = key.end((outer if by_key else inner)[step])
 
     def compute(self, body) -> None:
-        """Runs `body(visible)` unless nothing is visible.
+        """Runs `body(part)` unless nothing is visible; `part` is a `_Whole` or a `_Partly`."""
+        pl.when(self.kind == 2)(lambda: body(_Whole()))
+        if self.query.group > 1 or self.key.group > 1 or self.query.tail or self.key.tail:
+            pl.when(self.kind == 1)(lambda: body(_Partly(self)))
 
-        `visible(rows, columns)` is None where all is, else bool `[keys, queries]`.
-        """
-        pl.when(self.kind == 2)(lambda: body(lambda rows, columns: None))
-        if self.query.group > 1 or self.key.group > 1:
-            pl.when(self.kind == 1)(lambda: body(self.visible))
 
-    def visible(self, rows, columns) -> jax.Array:
-        """Which of the keys `rows` the queries `columns` see, from the bits of their frames."""
-        q_tokens, k_tokens = (x.rows // x.group for x in (self.query, self.key))
-        lane = columns.start + jax.lax.broadcasted_iota(jnp.int32, (1, columns.size), 1)
+class _Whole:
+    """A pair of blocks that see each other as a whole."""
+
+    def visible(self, rows, columns) -> jax.Array | None:
+        """Which of the keys `rows` the queries `columns` see, bool `[keys, queries]`; None: all."""
+        return None
+
+    def keys(self, x, rows):
+        """Those of the key block's tokens `rows`, along axis 0, with zeros past the frame's end."""
+        return x
+
+    def queries(self, x, columns, axis=0):
+        """The same of the query block."""
+        return x
+
+
+class _Partly(_Whole):
+    """A pair of blocks of which some frames, or tokens, do not see one another."""
+
+    def __init__(self, visit: _Visit):
+        self.visit = visit
+
+    def visible(self, rows, columns):
+        query, key = self.visit.query, self.visit.key
+        lane = _positions(columns, 1)
         seen = jnp.zeros_like(lane)
-        for frame, bits in enumerate(self.bits):
-            seen = jnp.where(lane >= frame * q_tokens, bits, seen)
-        key_row = rows.start + jax.lax.broadcasted_iota(jnp.int32, (rows.size, 1), 0)
-        return (seen >> (key_row // k_tokens)) & 1 == 1
+        for frame, bits in enumerate(self.visit.bits):
+            seen = jnp.where(lane >= frame * (query.rows // query.group), bits, seen)
+        key_row = _positions(rows, 0)
+        frame = jax.lax.div(key_row, jnp.full_like(key_row, key.rows // key.group))
+        visible = (seen >> frame) & 1 == 1
+        return visible & (key_row < self.visit.key_end) if key.tail else visible
+
+    def keys(self, x, rows):
+        if not self.visit.key.tail or isinstance(x, float):
+            return x
+        return jnp.where(_positions(rows, 0) < self.visit.key_end, x, 0)
+
+    def queries(self, x, columns, axis=0):
+        if not self.visit.query.tail:
+            return x
+        return jnp.where(_positions(columns, axis) < self.visit.query_end, x, 0)
 
 
-def _scores(k, q, visible):
+def _positions(part, axis: int):
+    """The tokens of a part of a block, int32 `[size, 1]` or `[1, size]`."""
+    shape = (1, part.size) if axis else (part.size, 1)
+    return part.start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def _factors(x, rows, dtype):
+    """Keys or values `rows` of a block in `dtype`, and scales `[rows, 1]`, as `cache.factors`."""
+    if not isinstance(x, Quantised):
+        return x[rows, :], 1.0
+    scale = jnp.broadcast_to(x.scale[:, rows], (8, rows.size)).T[:, :1]
+    return x.values[rows, :].astype(dtype), scale
+
+
+def _scores(k, q, visible, k_scale=1.0):
     """Equation (1) in units of log 2, float32 `[keys, queries]`."""
-    scores = _dot(k, q, KEYS_BY_DIM) * (LOG2_E / math.sqrt(q.shape[1]))
+    scores = _dot(k, q, KEYS_BY_DIM) * (k_scale * (LOG2_E / math.sqrt(q.shape[1])))
     return scores if visible is None else jnp.where(visible, scores, MASKED)
 
 
 def _attention_forward(query, key, *refs):
     *visits, _, q, k, v, out, logsumexp, weighted, top, total = refs
-    visit = _Visit(query, key, *visits)
+    visit = _Visit(query, key, visits)
 
     @pl.when(visit.first)
     def _():
@@ -183,11 +268,12 @@ def _attention_forward(query, key, *refs):
         top[...] = jnp.full_like(top, NOTHING)  # [1, queries]
         total[...] = jnp.zeros_like(total)
 
-    def attend_to(visible):
+    def attend_to(part):
         parts = _parts(key.rows, query.rows, FORWARD_PART)
 
         def scores(rows, columns):
-            return _scores(k[rows, :], q[columns, :], visible(rows, columns))
+            keys, k_scale = _factors(k, rows, q.dtype)
+            return _scores(keys, q[columns, :], part.visible(rows, columns), k_scale)
 
         ahead = [scores(*part) for part in parts[:AHEAD]]
         for n, (rows, columns) in enumerate(parts):
@@ -197,7 +283,8 @@ def _attention_forward(query, key, *refs):
             weights = jnp.exp2(own - new_top)
             kept = jnp.exp2(old_top - new_top)
             total[:, columns] = total[:, columns] * kept + weights.sum(0, keepdims=True)
-            fresh = _dot(v[rows, :], weights.astype(v.dtype), ROWS_AWAY)
+            values, v_scale = (part.keys(x, rows) for x in _factors(v, rows, q.dtype))
+            fresh = _dot(values, (weights * v_scale).astype(q.dtype), ROWS_AWAY)
             weighted[:, columns] = weighted[:, columns] * kept + fresh
             top[:, columns] = new_top
 
@@ -211,27 +298,34 @@ def _attention_forward(query, key, *refs):
         logsumexp[...] = jnp.where(seen, (top[...] + jnp.log2(divisor)) / LOG2_E, NOTHING)
 
 
-def _score_gradient(q, k, v, dout, logsumexp, delta, visible):
-    """Equations (2) and (5): p and ds, float32 `[keys, queries]`; ds lacks the scale."""
-    p = jnp.exp2(_scores(k, q, visible) - logsumexp * LOG2_E)
-    return p, p * (_dot(v, dout, KEYS_BY_DIM) - delta)
+def _score_gradient(part, rows, columns, q, dout, logsumexp, delta, k, v):
+    """Equations (2) and (5) for keys `rows` and queries `columns` of the blocks.
+
+    Returns:
+      p and ds, float32 `[keys, queries]`, the latter without the scale; q, dout and k as they
+      enter the products with these.
+    """
+    q, dout = (part.queries(x[columns, :], columns) for x in (q, dout))
+    logsumexp, delta = (part.queries(x[:, columns], columns, 1) for x in (logsumexp, delta))
+    k, v = (part.keys(x[rows, :], rows) for x in (k, v))
+    p = jnp.exp2(_scores(k, q, part.visible(rows, columns)) - logsumexp * LOG2_E)
+    return p, p * (_dot(v, dout, KEYS_BY_DIM) - delta), q, dout, k
 
 
 def _attention_dq(query, key, *refs):
     *visits, _, q, dout, logsumexp, delta, k, v, dq, gradient = refs
-    visit = _Visit(query, key, *visits)
+    visit = _Visit(query, key, visits)
 
     @pl.when(visit.first)
     def _():
         gradient[...] = jnp.zeros_like(gradient)  # [D, queries]
 
-    def attend_to(visible):
+    def attend_to(part):
         for rows, columns in _parts(key.rows, query.rows, BACKWARD_PART):
-            _, ds = _score_gradient(
-                q[columns, :], k[rows, :], v[rows, :], dout[columns, :], logsumexp[:, columns],
-                delta[:, columns], visible(rows, columns),
-            )  # fmt: skip
-            gradient[:, columns] += _dot(k[rows, :], ds.astype(k.dtype), ROWS_AWAY)
+            _, ds, _, _, keys = _score_gradient(
+                part, rows, columns, q, dout, logsumexp, delta, k, v
+            )
+            gradient[:, columns] += _dot(keys, ds.astype(keys.dtype), ROWS_AWAY)
 
     visit.compute(attend_to)
 
@@ -242,21 +336,20 @@ def _attention_dq(query, key, *refs):
 
 def _attention_dkv(query, key, *refs):
     *visits, _, q, dout, logsumexp, delta, k, v, dk, dv, k_gradient, v_gradient = refs
-    visit = _Visit(query, key, *visits)
+    visit = _Visit(query, key, visits, by_key=True)
 
     @pl.when(visit.first)
     def _():
         k_gradient[...] = jnp.zeros_like(k_gradient)  # [keys, D]
         v_gradient[...] = jnp.zeros_like(v_gradient)
 
-    def attend_to(visible):
+    def attend_to(part):
         for rows, columns in _parts(key.rows, query.rows, BACKWARD_PART):
-            p, ds = _score_gradient(
-                q[columns, :], k[rows, :], v[rows, :], dout[columns, :], logsumexp[:, columns],
-                delta[:, columns], visible(rows, columns),
-            )  # fmt: skip
-            v_gradient[rows, :] += _dot(p.astype(dout.dtype), dout[columns, :])
-            k_gradient[rows, :] += _dot(ds.astype(q.dtype), q[columns, :])
+            p, ds, queries, douts, _ = _score_gradient(
+                part, rows, columns, q, dout, logsumexp, delta, k, v
+            )
+            v_gradient[rows, :] += _dot(p.astype(douts.dtype), douts)
+            k_gradient[rows, :] += _dot(ds.astype(queries.dtype), queries)
 
     visit.compute(attend_to)
 
@@ -296,11 +389,11 @@ def _call(kernel, plan, by_key, visits, layer, inputs, outputs, scratch, product
     def spec(side, array):
         stacked = array.ndim == 6
 
-        def index(b, n, step, outer, inner, kind, bits, layer):
+        def place(b, n, step, outer, inner, kind, bits, layer):
             block = (outer if is_outer(side) else inner)[step]
-            return (*((layer[0],) if stacked else ()), b, n, block, 0, 0)
+            return (*((layer[0],) if stacked else ()), b, n, block)
 
-        return pl.BlockSpec((*(None,) * (array.ndim - 2), *array.shape[-2:]), index)
+        return getattr(plan, side).spec(array, place)
 
     def traffic(side, array):
         tiles = array.shape[-3] if is_outer(side) else len(visits.outer)
@@ -312,7 +405,7 @@ def _call(kernel, plan, by_key, visits, layer, inputs, outputs, scratch, product
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(batch, heads, plan.lengths[by_key] if plan.lengths else visits.length),
-            in_specs=[spec(*x) for x in inputs],
+            in_specs=[jax.tree.map(functools.partial(spec, side), x) for side, x in inputs],
             out_specs=[spec(*x) for x in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
@@ -323,7 +416,11 @@ def _call(kernel, plan, by_key, visits, layer, inputs, outputs, scratch, product
         cost_estimate=pl.CostEstimate(
             flops=2 * products * scores * head_dim,
             transcendentals=scores,
-            bytes_accessed=sum(traffic(*x) for x in (*inputs, *outputs)),
+            bytes_accessed=sum(
+                traffic(side, x)
+                for side, tree in (*inputs, *outputs)
+                for x in jax.tree.leaves(tree)
+            ),
         ),
         interpret=plan.interpret,
         name=kernel.__name__.strip("_"),
@@ -332,8 +429,8 @@ def _call(kernel, plan, by_key, visits, layer, inputs, outputs, scratch, product
 
 def _forward(plan, q, k, v, visits, layer):
     """Attention of blocks `[B, N, blocks, rows, D]`, with a logsumexp `[B, N, blocks, 1, rows]`."""
-    rows, head_dim = q.shape[-2:]
-    logsumexp = jax.ShapeDtypeStruct((*q.shape[:3], 1, rows), jnp.float32)
+    rows, head_dim = plan.query.rows, q.shape[-1]
+    logsumexp = jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[-2]), jnp.float32)
     return _call(
         _attention_forward, plan, False, visits, layer,
         inputs=[("query", q), ("key", k), ("key", v)],
@@ -364,13 +461,13 @@ def _attend_backward(plan, residuals, cotangents):
     (dq,) = _call(
         _attention_dq, plan, False, by_query, layer, inputs,
         outputs=[("query", jax.typeof(q))],
-        scratch=[(q.shape[-1], q.shape[-2])],
+        scratch=[(q.shape[-1], plan.query.rows)],
         products=3,
     )  # fmt: skip
     dk, dv = _call(
         _attention_dkv, plan, True, by_key, layer, inputs,
         outputs=[("key", jax.typeof(k)), ("key", jax.typeof(v))],
-        scratch=[k.shape[-2:], v.shape[-2:]],
+        scratch=[(plan.key.rows, k.shape[-1])] * 2,
         products=4,
     )  # fmt: skip
     return dq, dk, dv, None, None, None
@@ -381,8 +478,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Cached,
+    v: Cached,
     mask: Mask,
     layer: jax.Array | None = None,
     interpret: bool | pltpu.InterpretParams = False,
@@ -397,15 +494,17 @@ def attend(
         `pltpu.InterpretParams`, to emulate a TPU's memory too.
 
     Raises:
-      ValueError: the dtypes do not fit, or a frame cannot be cut into blocks.
+      ValueError: the dtypes do not fit.
     """
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
+    plain = not isinstance(k, Quantised)
+    if (plain and not q.dtype == k.dtype == v.dtype) or q.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
             "pallas_tpu takes q, k and v all in float32 or all in bfloat16, got "
             f"{q.dtype}, {k.dtype} and {v.dtype}"
         )
     tokens = q.shape[3]
-    query, key = (Blocks.choose(frames, tokens) for frames in mask.shape)
+    query = Blocks.choose(mask.shape[0], tokens)
+    key = Blocks.choose(mask.shape[1], tokens, in_place=layer is not None)
     by_query, by_key = (visits(mask, query, key, by_key) for by_key in (False, True))
     known = isinstance(mask, np.ndarray)
     plan = _Plan(

@@ -4,19 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cfpp.attention.cache import Cached, Quantised
 from cfpp.attention.schedule import Mask
 
 NOTHING = -1e30  # the logsumexp of a query that sees nothing
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, layer: jax.Array | None = None
+    q: jax.Array, k: Cached, v: Cached, mask: Mask, layer: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention between the tokens of frames that see one another.
 
     Args:
       q: `[batch, heads, query frames, tokens, head_dim]`.
-      k, v: `[batch, heads, key frames, tokens, head_dim]`, or those of several layers stacked.
+      k, v: `[batch, heads, key frames, tokens, head_dim]`, or those of several layers stacked;
+        the latter may be `Quantised`.
       mask: bool `[query frames, key frames]`, True where a frame sees a frame: a NumPy array, or a
         JAX array where it is known only at run time.
       layer: int32 [], which of the layers in `k` and `v` to take; None where these are of one.
@@ -26,7 +28,8 @@ def attend(
       frames, tokens]`. A query that sees nothing gets 0 and `NOTHING`.
     """
     if layer is not None:
-        k, v = k[layer], v[layer]
+        k, v = jax.tree.map(lambda x: x[layer], (k, v))
+    k, v = (x.restored() if isinstance(x, Quantised) else x for x in (k, v))
     *_, tokens, head_dim = q.shape
     flat = lambda x: x.reshape(*x.shape[:2], -1, head_dim)  # [B, N, frames * tokens, D]
     token_mask = jnp.repeat(jnp.repeat(mask, tokens, 0), tokens, 1)

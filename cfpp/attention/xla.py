@@ -22,6 +22,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from cfpp.attention import schedule
+from cfpp.attention.cache import Cached, Quantised, cut, factors
 from cfpp.attention.reference import NOTHING
 from cfpp.attention.schedule import Mask
 
@@ -31,7 +32,7 @@ SMALLEST, LARGEST = 32, 256
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, layer: jax.Array | None = None
+    q: jax.Array, k: Cached, v: Cached, mask: Mask, layer: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """As `reference.attend`; without a gradient where `layer` is given."""
     frames, tokens = k.shape[-3:-1]
@@ -53,8 +54,10 @@ class _Sizes(NamedTuple):
     key_group: int
 
 
-def _cut(x: jax.Array, tokens: int, group: int) -> jax.Array:
+def _cut(x: Cached, tokens: int, group: int) -> Cached:
     """`[..., frames, tokens, D]` to `[..., blocks, group * tokens, D]`, filled up with zeros."""
+    if isinstance(x, Quantised):  # of a cache, which `group` divides
+        return cut(x, tokens * group)
     *outer, frames, frame_tokens, width = x.shape
     x = x.reshape(*outer, -1, width)
     size = tokens * group
@@ -87,7 +90,9 @@ class _Table:
 
     def scores(self, q, k, i, j):
         """Scaled scores of query block i and key block j `[B, N, q, k]`, and which are visible."""
-        s = jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=jnp.float32) * self.scale
+        k, k_scale = factors(k, q.dtype)
+        s = jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=jnp.float32)
+        s *= self.scale * k_scale
         if not self.partial:
             return s, True
         rows, columns, tokens = self.sizes.query_group, self.sizes.key_group, self.sizes.tokens
@@ -107,8 +112,9 @@ def _forward(q, k, v, mask, layer, sizes):
     def take(x, j):
         if layer is None:
             return _take(x, j)
-        start = (layer, 0, 0, j, 0, 0)
-        return jax.lax.dynamic_slice(x, start, (1, *x.shape[1:3], 1, *x.shape[4:]))[0, :, :, 0]
+        start, size = (layer, 0, 0, j, 0, 0), lambda x: (1, *x.shape[1:3], 1, *x.shape[4:])
+        slice_one = lambda x: jax.lax.dynamic_slice(x, start, size(x))[0, :, :, 0]
+        return jax.tree.map(slice_one, x)
 
     def attend_block(i):
         q_i = _take(q_blocks, i)
@@ -120,9 +126,12 @@ def _forward(q, k, v, mask, layer, sizes):
             new = jnp.maximum(largest, s.max(-1))
             p = jnp.where(visible, jnp.exp(s - new[..., None]), 0)
             fade = jnp.exp(largest - new)
-            v_j = take(v_blocks, j)
+            v_j, v_scale = factors(take(v_blocks, j), q.dtype)
             gained = jnp.einsum(
-                "bnqk,bnkd->bnqd", p.astype(v.dtype), v_j, preferred_element_type=jnp.float32
+                "bnqk,bnkd->bnqd",
+                (p * v_scale).astype(q.dtype),
+                v_j,
+                preferred_element_type=jnp.float32,
             )
             return new, total * fade + p.sum(-1), out * fade[..., None] + gained
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from cfpp import flow
 from cfpp.attention import dispatch, schedule
-from cfpp.attention.cache import Cache
+from cfpp.attention.cache import LARGEST, Cache
 from cfpp.attention.pattern import CLEAN, Pattern
 from cfpp.parallel import context, mesh
 
@@ -195,7 +195,7 @@ class Block(nn.Module):
           angles: `[E, T, D / 2]`.
           own: which entries see which, a mask `[E, E]`.
           history: which cached frames they see, a mask `[E, S]`, and the cached keys and values of
-            all blocks, `[L, B, N, S, T, D]`; None without a cache.
+            all blocks, `[L, B, N, S, T, D]`, plain or `Quantised`; None without a cache.
 
         Returns:
           The new x, and this block's key and value of all entries `[B, N, E, T, D]`.
@@ -282,6 +282,8 @@ class DiT(nn.Module):
       attention: the implementation, one of `attention.dispatch.IMPLEMENTATIONS` or 'auto'.
       history_gradient: what the entries' own keys get of the cached ones' gradient, 'none' or
         'straight_through'.
+      cache_dtype: what a rollout's cache holds, 'int8' or 'float8_e4m3fn' (see `attention.cache`);
+        '' is `dtype`.
     """
 
     channels: int
@@ -303,6 +305,7 @@ class DiT(nn.Module):
     unroll: int = 1
     attention: str = "auto"
     history_gradient: str = "none"
+    cache_dtype: str = ""
 
     @property
     def tokens(self) -> int:
@@ -317,8 +320,8 @@ class DiT(nn.Module):
     def cache(self, batch: int, slots: int, sink: int = 0) -> Cache:
         """An empty cache for `slots` frames of `batch` clips."""
         shape = (self.layers, batch, self.heads, slots, self.tokens, self.head_dim)
-        cache = Cache.empty(shape, jnp.dtype(self.dtype), sink)
-        key, value = map(context.constrain_cache, (cache.key, cache.value))
+        cache = Cache.empty(shape, jnp.dtype(self.cache_dtype or self.dtype), sink)
+        key, value = jax.tree.map(context.constrain_cache, (cache.key, cache.value))
         return cache.replace(key=key, value=value)
 
     def check(self) -> None:
@@ -329,11 +332,13 @@ class DiT(nn.Module):
             "attention": ("auto", *dispatch.IMPLEMENTATIONS),
             "history_gradient": HISTORY_GRADIENTS,
             "dtype": ("float32", "bfloat16", "float16"),
+            "cache_dtype": ("", *LARGEST),
         }
         for field, known in choices.items():
             if getattr(self, field) not in known:
                 raise ValueError(
-                    f"model.{field} must be one of {', '.join(known)}, got {getattr(self, field)!r}"
+                    f"model.{field} must be one of {', '.join(x or repr(x) for x in known)}, "
+                    f"got {getattr(self, field)!r}"
                 )
         if self.height % self.patch or self.width % self.patch:
             raise ValueError(
@@ -447,7 +452,7 @@ class DiT(nn.Module):
         if cache is not None:
             held = cache.frame, np.full(cache.slots, CLEAN)
             mask = schedule.keep_static(pattern.mask((frame, copy), held))
-            history = mask, cache.key.astype(h.dtype), cache.value.astype(h.dtype)
+            history = mask, cache.key, cache.value
         layers = np.arange(self.layers, dtype=np.int32)
         h, key_value = self.blocks(h, (layers, text), modulation, angles, own, history)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec
 
+from cfpp.attention.cache import cut
 from cfpp.parallel import mesh
 
 TOKENS = ("batch", "heads", None, "tokens", None)  # the layout outside attention
@@ -41,7 +42,7 @@ def to_tokens(out: jax.Array) -> jax.Array:
 
 
 def constrain_cache(x: jax.Array) -> jax.Array:
-    """Lays out a cache's keys or values, `[L, B, N, S, T, D]`."""
+    """Lays out a cache's keys or values `[L, B, N, S, T, D]`, or scales `[L, B, N, S, 1, T]`."""
     return mesh.constrain(x, None, *HEADS)
 
 
@@ -57,9 +58,9 @@ def per_device(attend: Callable) -> Callable:
             return attend(q, k, v, mask, layer)
         q_spec = mesh.used(q.shape, *(HEADS if _gathers_tokens(q.shape) else TOKENS))
         stacked = () if layer is None else (None,)
-        k_spec = PartitionSpec(*stacked, *mesh.used(k.shape[len(stacked) :], *HEADS))
+        k_spec = lambda x: PartitionSpec(*stacked, *mesh.used(x.shape[len(stacked) :], *HEADS))
         arrays = {"q": q, "k": k, "v": v}
-        specs = {"q": q_spec, "k": k_spec, "v": k_spec}
+        specs = {"q": q_spec, **jax.tree.map(k_spec, {"k": k, "v": v})}
         if isinstance(mask, jax.Array):
             arrays["mask"], specs["mask"] = mask, PartitionSpec()
         if layer is not None:
@@ -79,8 +80,8 @@ def _same_tokens(q, k, v, mask, layer):
     """Cuts frames of keys into parts of as many tokens as there are queries of a frame here."""
     parts = k.shape[-2] // q.shape[-2]
     if parts > 1:
-        cut = lambda x: x.reshape(*x.shape[:-3], -1, *q.shape[-2:])
-        k, v, mask = cut(k), cut(v), mask.repeat(parts, 1)
+        k, v = (cut(x, q.shape[-2]) for x in (k, v))
+        mask = mask.repeat(parts, 1)
     return {"q": q, "k": k, "v": v, "mask": mask, "layer": layer}
 
 

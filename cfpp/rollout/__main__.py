@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cfpp import media
+from cfpp.attention.cache import LARGEST
 from cfpp.data import pipeline
 from cfpp.data.actions import held_actions
 from cfpp.errors import ArgumentParser, UserError, exit_on_user_error
@@ -51,6 +52,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--mesh", help="several devices for the stream: context=4,tensor=2")
     parser.add_argument("--latency", action="store_true", help="write the cache in a separate pass")
+    parser.add_argument(
+        "--cache_dtype", choices=sorted(LARGEST), help="hold keys and values in 8 bits"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=int, default=8, help="enlargement of the video")
     parser.add_argument("--out", default="rollout.mp4", help="the video file to write")
@@ -145,6 +149,9 @@ def run(options: argparse.Namespace) -> None:
 def stream(options: argparse.Namespace) -> None:
     """Streams on the devices of the ambient mesh, or on one; see `run`."""
     config, params = load(options)
+    if options.cache_dtype:
+        with config.unlocked():
+            config.model.cache_dtype = options.cache_dtype
     fused = not options.latency
     rollout = generate.for_stage(config, options.steps, options.first_steps, fused)
     actions = steering(options, config.model.num_actions)

@@ -153,7 +153,8 @@ def build(config) -> Stage:
     if not 0 <= given < frames:
         raise ValueError(f"given is {given}; it must be at least 0 and less than {frames} frames")
     network = Network.create(config.model, config.pattern)
-    network = Network(network.dit, network.pattern.after(given))  # of scores and rollouts alike
+    # Of scores and rollouts alike. What is replayed is what the rollout saw, so nothing is rounded.
+    network = Network(network.dit.clone(cache_dtype=""), network.pattern.after(given))
     real_model = ml_collections.ConfigDict({**config.model, **config.real_model})
     real_network = Network(Network.create(real_model, config.pattern).dit, network.pattern)
     if config.real_model and not config.init_from.critic:

@@ -33,7 +33,7 @@ RANGES = {
 }
 
 # Fields of a model that its parents need not share.
-OWN_FIELDS = ("dtype", "remat", "unroll", "gate_init")
+OWN_FIELDS = ("dtype", "cache_dtype", "attention", "remat", "unroll", "gate_init")
 
 STEPS_IN_FLIGHT = 2  # dispatched and not finished: enough to keep the device busy
 

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cfpp.attention import pallas_tpu
+from cfpp.attention.cache import Cache
 from cfpp.attention.pattern import Pattern, teacher_forced_entries
 from cfpp.parallel import topology
 
@@ -34,14 +35,20 @@ def kernels(name: str, function, arguments, out_specs) -> list[str]:
     """Compiles `function` for a topology, heads over devices; the kernels that it calls.
 
     Args:
-      arguments: (shape, dtype, PartitionSpec) of each.
+      arguments: (shape, dtype, PartitionSpec) of each, or a pytree of these.
     """
     mesh = Mesh(np.array(topology.devices(name)), ("heads",))
-    shapes = [
-        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-        for shape, dtype, spec in arguments
-    ]
-    specs = tuple(spec for _, _, spec in arguments)
+    of_each = lambda function: jax.tree.map(
+        lambda array: function(*array),
+        tuple(arguments),
+        is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[-1], PartitionSpec),
+    )
+    shapes = of_each(
+        lambda shape, dtype, spec: jax.ShapeDtypeStruct(
+            shape, dtype, sharding=NamedSharding(mesh, spec)
+        )
+    )
+    specs = of_each(lambda shape, dtype, spec: spec)
     mapped = jax.shard_map(
         function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False
     )
@@ -71,6 +78,7 @@ def gradients(mask):
         ("v5p:2x2x1", 40, 21, 1560, 128),  # 14B
         ("tpu7x:2x2x1", 40, 21, 1560, 128),
         ("v5e:2x2", 8, 4, 24, 24),  # several frames a block, masked inside
+        ("v5e:2x2", 8, 4, 3607, 128),  # blocks that do not fill a frame
     ],
 )
 def test_training_compiles(name, heads, frames, tokens, head_dim):
@@ -83,14 +91,28 @@ def test_training_compiles(name, heads, frames, tokens, head_dim):
 
 
 @pytest.mark.parametrize(
-    ("name", "heads", "queries"),
-    [("v5e:2x2", 12, 2), ("v5p:2x2x1", 40, 1), ("v6e:2x2", 12, 1), ("tpu7x:2x2x1", 40, 1)],
+    ("name", "heads", "queries", "tokens", "dtype"),
+    [
+        (*case, 1560, dtype)
+        for case in [
+            ("v5e:2x2", 12, 2),
+            ("v5p:2x2x1", 40, 1),
+            ("v6e:2x2", 12, 1),
+            ("tpu7x:2x2x1", 40, 1),
+        ]
+        for dtype in ("bfloat16", "int8", "float8_e4m3fn")
+    ]
+    + [("v5e:2x2", 12, 1, 3607, "int8")],
 )
-def test_attention_to_a_cache_compiles(name, heads, queries):
+def test_attention_to_a_cache_compiles(name, heads, queries, tokens, dtype):
     """Against 21 slots, of which those that are filled are known at run time."""
-    cache = (30, 1, heads, 21, 1560, 128), jnp.bfloat16, STACKED_HEADS
+    shape = 30, 1, heads, 21, tokens, 128
+    cache = jax.tree.map(
+        lambda x: (x.shape, x.dtype, STACKED_HEADS),
+        jax.eval_shape(lambda: Cache.empty(shape, dtype).key),
+    )
     arguments = [
-        ((1, heads, queries, 1560, 128), jnp.bfloat16, HEADS), cache, cache,
+        ((1, heads, queries, tokens, 128), jnp.bfloat16, HEADS), cache, cache,
         ((queries, 21), bool, EVERYWHERE), ((), jnp.int32, EVERYWHERE),
     ]  # fmt: skip
     found = kernels(name, pallas_tpu.attend, arguments, (HEADS, HEADS))
