@@ -56,8 +56,9 @@ class _Sizes(NamedTuple):
 
 def _cut(x: Cached, tokens: int, group: int) -> Cached:
     """`[..., frames, tokens, D]` to `[..., blocks, group * tokens, D]`, filled up with zeros."""
-    if isinstance(x, Quantised):  # of a cache, which `group` divides
-        return cut(x, tokens * group)
+    if isinstance(x, Quantised):  # of a cache, which `group` divides; scales `[..., blocks, size]`
+        x = cut(x, tokens * group)
+        return x.replace(scale=x.scale.reshape(*x.scale.shape[:-2], -1))
     *outer, frames, frame_tokens, width = x.shape
     x = x.reshape(*outer, -1, width)
     size = tokens * group
@@ -112,9 +113,10 @@ def _forward(q, k, v, mask, layer, sizes):
     def take(x, j):
         if layer is None:
             return _take(x, j)
-        start, size = (layer, 0, 0, j, 0, 0), lambda x: (1, *x.shape[1:3], 1, *x.shape[4:])
-        slice_one = lambda x: jax.lax.dynamic_slice(x, start, size(x))[0, :, :, 0]
-        return jax.tree.map(slice_one, x)
+        if isinstance(x, Quantised):
+            return Quantised(take(x.values, j), take(x.scale, j)[:, :, None])
+        start, size = (layer, 0, 0, j, 0, 0)[: x.ndim], (1, *x.shape[1:3], 1, *x.shape[4:])
+        return jax.lax.dynamic_slice(x, start, size)[0, :, :, 0]
 
     def attend_block(i):
         q_i = _take(q_blocks, i)
