@@ -85,7 +85,8 @@ def disturb(workdir: pathlib.Path, layouts, hits: list[int], steps: int, draw: r
         time.sleep(draw.uniform(0, 0.3 if wanted > before else 5.0))
         if wanted > before and draw.random() < 0.5:
             crash.wait_until(lambda: crash.unfinished(workdir))
-        saving = bool(crash.unfinished(workdir))
+        # What is unfinished while it starts is of the time before.
+        saving = wanted > before and bool(crash.unfinished(workdir))
         job.send(victim, number)
         ended = job.end()
         hit = {
