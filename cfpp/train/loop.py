@@ -75,6 +75,7 @@ def train(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.disk_faults(workdir, "mend that, then start again"))
+        stack.enter_context(workdirs.alone(workdir))
         hosts.one_after_another(lambda: sources.prepare(config.data))
         data = pipeline.train_batches(
             config.data,

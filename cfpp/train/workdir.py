@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
+from absl import logging
 from etils import epath
 from flax import traverse_util
 
@@ -83,6 +85,35 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
             write_config(config, workdir)
     hosts.meet("claimed")
+
+
+@contextlib.contextmanager
+def alone(workdir: epath.PathLike) -> Iterator[None]:
+    """While open, no other job can train in `workdir`: the first process holds a lock on it.
+
+    It ends with the process, however that ends. Buckets and some network disks know no locks; there
+    nothing is checked.
+
+    Raises:
+      UserError: another job holds it.
+    """
+    if "://" in os.fspath(workdir) or not hosts.is_first():
+        yield
+        return
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another job is training in {workdir}; wait until it ends, end it, or choose "
+                "another --workdir"
+            ) from None
+        except OSError as error:
+            logging.info("%s cannot be locked: %s", workdir, error)
+        yield
+    finally:
+        os.close(folder)
 
 
 def write_config(config: ml_collections.ConfigDict, folder: epath.Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from cfpp.errors import UserError
 from cfpp.train import checkpoint, loop, program
+from cfpp.train import workdir as workdirs
 from tests.train import crash, fake
 
 
@@ -164,6 +165,12 @@ def test_a_workdir_of_another_config_is_refused(finished):
     del without.bad_loss_at
     with pytest.raises(UserError, match="bad_loss_at was -1 and is now absent"):
         loop.train(without, finished)
+
+
+def test_two_jobs_do_not_train_in_one_workdir(tmp_path):
+    with workdirs.alone(tmp_path), pytest.raises(UserError, match="another job is training in /"):
+        loop.train(fake.config(steps=1), tmp_path)
+    assert loop.train(fake.config(steps=1), tmp_path)
 
 
 def test_checkpoints_without_a_config_are_not_overwritten(tmp_path):
