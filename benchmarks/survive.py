@@ -161,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--terminations", type=int, default=3)
+    parser.add_argument("--pace", type=float, default=0.2, help="seconds that steps take longer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -174,6 +175,7 @@ def main() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
     undisturbed = folder / "undisturbed"
+    several.slow_down(arguments.pace)
     finish(undisturbed, SAME, steps)
     print(f"undisturbed: {time.monotonic() - begin:.1f} s", flush=True)
     runs = {"on the same mesh": (SAME,), "on other meshes": OTHERS}

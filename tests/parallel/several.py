@@ -66,6 +66,12 @@ def fork(log, index, count, devices, port, slurm, program) -> int:
     os._exit(code)
 
 
+def slow_down(pace: float) -> None:
+    """Lets every step take `pace` seconds more."""
+    step = metrics.Progress.step
+    metrics.Progress.step = lambda *arguments: (time.sleep(pace), step(*arguments))
+
+
 def fake_program(workdir, failing=(), terminated=(), pace=0.0, **changes):
     """Trains the fake stage; some processes fail, or get a SIGTERM before the first step.
 
@@ -84,9 +90,7 @@ def fake_program(workdir, failing=(), terminated=(), pace=0.0, **changes):
             mock.patch("cfpp.data.sources.prepare", side_effect=failure).start()
         if index in terminated:
             mock.patch("cfpp.data.sources.prepare", terminate).start()
-        if pace:
-            step = metrics.Progress.step
-            metrics.Progress.step = lambda *arguments: (time.sleep(pace), step(*arguments))
+        slow_down(pace)
         hosts.join(timeout=30)
         with hosts.ending_together():
             loop.train(fake.config(batch_size=8, steps=STEPS, **changes), workdir)

@@ -32,9 +32,9 @@ def test_the_smoke_quickstart_on_8_devices_loses_as_on_one(tmp_path):
 
 def test_runs_that_are_killed_end_as_if_they_were_not(tmp_path):
     out = tmp_path / "survive.json"
-    options = ["--kills=2", "--terminations=1", f"--out={out}"]
+    options = ["--kills=3", "--terminations=1", "--pace=0.5", f"--out={out}"]
     found = results(out, "benchmarks/survive.py", *options)
     for name, limit in {"on the same mesh": 0.0, "on other meshes": 1e-5}.items():
         run = found["runs"][name]
-        assert sorted(hit["signal"] for hit in run["hits"]) == ["SIGKILL", "SIGKILL", "SIGTERM"]
+        assert sorted(hit["signal"] for hit in run["hits"]) == ["SIGKILL"] * 3 + ["SIGTERM"]
         assert max(run["model"], run["losses"]) <= limit, name
