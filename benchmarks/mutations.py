@@ -179,7 +179,7 @@ MUTATIONS = (
     ),
     Mutation(
         "guidance_swapped", "conditional and unconditional velocity change places",
-        "cfpp/models/network.py", "v_cond, v_uncond = jnp.split(", "v_uncond, v_cond = jnp.split(",
+        "cfpp/models/network.py", "flow.guide(v[:, 0], v[:, 1],", "flow.guide(v[:, 1], v[:, 0],",
         ("tests/interop/test_diffusers.py::test_consistency_loss_and_its_gradients",),
     ),
     Mutation(
