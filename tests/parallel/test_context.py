@@ -83,7 +83,15 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("program", [EXCHANGED, ROLLOUT], ids=["exchanged", "rollout"])
+# The same with scales beside the cache's values, which are divided like these.
+QUANTISED = ROLLOUT.replace("heads=4)", "heads=4, cache_dtype='int8')").replace(
+    "cache(1, 3).key)", "cache(1, 3).key.scale)"
+)
+
+
+@pytest.mark.parametrize(
+    "program", [EXCHANGED, ROLLOUT, QUANTISED], ids=["exchanged", "rollout", "quantised"]
+)
 def test_on_8_devices(program):
     done = subprocess.run([sys.executable, "-c", SETUP + program], capture_output=True, text=True)
     assert done.stdout == "equal\n", done.stderr[-2000:]
