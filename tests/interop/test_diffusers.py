@@ -9,7 +9,7 @@ from cfpp import flow
 from cfpp.attention.pattern import Pattern
 from cfpp.interop.diffusers import from_diffusers, to_diffusers
 from cfpp.models.dit import DiT
-from cfpp.models.network import Network, guided
+from cfpp.models.network import Network, guided, paired
 from cfpp.stages import consistency, dmd
 from tests.tiny import close
 
@@ -129,8 +129,8 @@ class Setting:
         net = network(2, 12, 2, self.size)
         if guidance == 1.0:
             return net.bidirectional(params, {"text": jnp.asarray(self.texts[0])})
-        both = net.bidirectional(params, {"text": jnp.concatenate(self.texts)})
-        return guided(both, guidance)
+        pairs = net.bidirectional(params, {"text": paired(*self.texts)})
+        return guided(pairs, guidance)
 
     def theirs(self, name, x, sigma, guidance=1.0):
         cond, uncond = (
