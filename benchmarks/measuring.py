@@ -78,6 +78,14 @@ def rounded(values: Any) -> Any:
     return jax.tree.map(lambda x: float(f"{x:.4g}") if isinstance(x, float) else x, values)
 
 
+def write_table(page: pathlib.Path, name: str, text: str) -> None:
+    """Puts a table between its markers in a page, `<!-- NAME -->` and `<!-- end of NAME -->`."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(before + begin + text + end + after)
+
+
 def write(name: str, results: dict) -> None:
     """Writes `benchmarks/results/NAME.json`."""
     RESULTS.mkdir(exist_ok=True)

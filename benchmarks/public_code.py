@@ -12,7 +12,6 @@ mask in training. Theirs and ours take turns, and the medians are written to
 import argparse
 import itertools
 import pathlib
-import resource
 import statistics
 import sys
 import time
@@ -146,7 +145,7 @@ def main() -> None:
         for _ in range(options.turns)
     ]
     results["training_step"] = summary(turns, "seconds")
-    results["peak_gib_together"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    results["peak_gib_together"] = measuring.peak_gib()
     print("training step:", measuring.rounded(results["training_step"]))
     measuring.write(f"public_code_{SIZE}_cpu", results)
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
+import measuring
 
 from cfpp.attention.pattern import Pattern
 from cfpp.parallel import mesh
@@ -144,14 +145,6 @@ def replay_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_table(name: str, text: str) -> None:
-    """Puts a table where the page has its place."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-    before, _, rest = PAGE.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    PAGE.write_text(before + begin + text + end + after)
-
-
 def main() -> None:
     """Reads the command line, compiles what is missing and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -169,10 +162,10 @@ def main() -> None:
                 continue
             rows.append(compile_row(stage, topology))
             RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-            write_table("slices", table(rows))
+            measuring.write_table(PAGE, "slices", table(rows))
             print(table(rows[-1:]), flush=True)
-    write_table("slices", table(rows))
-    write_table("replay", replay_table(replay_rows))
+    measuring.write_table(PAGE, "slices", table(rows))
+    measuring.write_table(PAGE, "replay", replay_table(replay_rows))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import tempfile
 import time
 
 import jax
+import measuring
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -218,10 +219,7 @@ def write_table(found: dict) -> None:
             *(f"{run[what]:.1e}" if run[what] else "the same bits" for what in COMPARED),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    begin, end = "<!-- survive -->\n", "<!-- end of survive -->\n"
-    before, _, rest = PAGE.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    PAGE.write_text(before + begin + "\n".join(lines) + "\n" + end + after)
+    measuring.write_table(PAGE, "survive", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
