@@ -93,8 +93,7 @@ def parent_shapes(config: Config, stage: stages.Stage) -> dict[str, Any]:
 
     def shapes(role):
         model = stage.parent_models.get(role, config.model)
-        network = Network.create(model, config.pattern)
-        return nn.meta.unbox(jax.eval_shape(network.init, jax.random.key(0)))
+        return nn.meta.unbox(Network.create(model, config.pattern).shapes())
 
     return {role: shapes(role) for role, path in config.init_from.items() if path}
 

@@ -139,11 +139,12 @@ def run(config: Config, workdir: str, profile: bool = False) -> None:
     """
     from etils import epath
 
+    from cfpp import paths
     from cfpp.parallel import hosts
     from cfpp.train import checkpoint, loop
     from cfpp.train import workdir as workdirs
 
-    workdir = os.fspath(workdirs.absolute(workdir))
+    workdir = os.fspath(paths.absolute(workdir))
     if "jobs" not in config:
         loop.train(_absolute(config), workdir, profile)
         return
@@ -179,8 +180,10 @@ def _absolute(config: Config, inside: bool = False) -> Config:
         its own working directory, so that the whole may be moved.
     """
 
+    from cfpp import paths
+
     def absolute(path: Any) -> Any:
-        if not path or "://" in path or (inside and path.startswith("..")):
+        if not path or paths.is_remote(path) or (inside and path.startswith("..")):
             return path
         return os.path.abspath(os.path.expanduser(path))
 

@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
+from cfpp import paths
 from cfpp.errors import UserError
 
 PAPER = (255, 255, 255)
@@ -88,7 +89,7 @@ class Mp4Writer:
 
         self._log = tempfile.TemporaryFile()
         local = os.path.abspath(self._path)
-        if _is_remote(self._path):
+        if paths.is_remote(self._path):
             self._folder = tempfile.TemporaryDirectory()
             local = os.path.join(self._folder.name, "video.mp4")
         # H.264 in the form that every player knows (4:2:0) wants even sizes: repeat the edge.
@@ -118,7 +119,7 @@ class Mp4Writer:
         self._log.close()
         if code != 0:
             raise UserError(f"{self._path}: the video could not be written ({message})")
-        if _is_remote(self._path):
+        if paths.is_remote(self._path):
             with self._folder as folder:
                 self._path.write_bytes(pathlib.Path(folder, "video.mp4").read_bytes())
 
@@ -287,12 +288,8 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
 
 
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)
-
-
 def _check_writable(path: epath.Path) -> None:
-    if _is_remote(path):
+    if paths.is_remote(path):
         return  # buckets have no folders
     if path.is_dir():
         raise UserError(f"{path} is a directory; a file name was expected")

@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from google.protobuf import json_format
 
+from cfpp import paths
 from cfpp.data import arena, recording
 from cfpp.data.arena_dataset import arena_dataset_dataset_builder
 from cfpp.data.atari_dataset import atari_dataset_dataset_builder
@@ -193,7 +194,7 @@ def check_length(data_config: ml_collections.ConfigDict, episode: dict, where: s
 
 def _root(data_config: ml_collections.ConfigDict) -> Path:
     root = str(data_config.directory or tfds.core.constants.DATA_DIR)
-    if "://" in root:
+    if paths.is_remote(root):
         raise UserError(
             f"config.data.directory is {root}, but records are read from disks only; give a "
             "folder, on a shared disk or on each host's own"

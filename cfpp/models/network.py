@@ -89,6 +89,10 @@ class Network:
 
         return dit.init(rng, method=run)["params"]
 
+    def shapes(self) -> Params:
+        """What `init` returns, as shapes."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
     def gathered(self, params: Params) -> Params:
         """Parameters as every pass uses them, for many passes without a gradient.
 
@@ -104,8 +108,7 @@ class Network:
                 array = array.astype(self.dit.dtype)
             return mesh.constrain(array, *box.names)
 
-        boxed = jax.eval_shape(self.init, jax.random.key(0))
-        return jax.tree_util.tree_map_with_path(place, params, boxed)
+        return jax.tree_util.tree_map_with_path(place, params, self.shapes())
 
     def null(self, condition: Condition) -> Condition:
         """The condition that stands for none: the extra action, text embeddings of zero."""

@@ -124,8 +124,7 @@ def load(options: argparse.Namespace) -> tuple[ml_collections.ConfigDict, Params
     config, device_mesh = checkpoint.find_model(path)[1], jax.sharding.get_mesh()
     mesh.check(device_mesh, config.model)
     network = Network.create(config.model, config.pattern)
-    boxed = jax.eval_shape(network.init, jax.random.key(0))
-    return checkpoint.load_model(path, mesh.state_shardings(boxed, device_mesh))
+    return checkpoint.load_model(path, mesh.state_shardings(network.shapes(), device_mesh))
 
 
 def run(options: argparse.Namespace) -> None:

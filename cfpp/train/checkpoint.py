@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from logging import LogRecord, getLogger
@@ -31,6 +30,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from cfpp import paths
 from cfpp.errors import UserError
 from cfpp.parallel import hosts
 from cfpp.train import shapes
@@ -304,7 +304,7 @@ def export(path: epath.PathLike, out: epath.PathLike) -> None:
         temporary.mkdir(parents=True, exist_ok=True)
         _check_room(temporary, params)
         checkpointer.save(
-            workdirs.absolute(temporary),
+            paths.absolute(temporary),
             args=ocp.args.Composite(
                 model=ocp.args.StandardSave(params),
                 fingerprint=ocp.args.JsonSave({MODEL: _sum_of_bits(params)}),
@@ -336,7 +336,7 @@ def _read_model(folder: epath.Path, sharding: Tree = None) -> Tree:
         template = jax.tree.map(lambda x, where: x.update(sharding=where), stored, shardings)
         with ocp.Checkpointer(_export_handler()) as checkpointer:
             restored = checkpointer.restore(
-                workdirs.absolute(folder),
+                paths.absolute(folder),
                 args=ocp.args.Composite(
                     model=ocp.args.StandardRestore(template), fingerprint=ocp.args.JsonRestore()
                 ),
@@ -398,7 +398,7 @@ def _damage() -> Iterator[None]:
 
 def _check_room(directory: epath.Path, tree: Tree) -> None:
     """Refuses to start what the disk has no room for. (Orbax hardly packs floats any smaller.)"""
-    if "://" in os.fspath(directory):
+    if paths.is_remote(directory):
         return
     needed, free = sum(x.nbytes for x in jax.tree.leaves(tree)), shutil.disk_usage(directory).free
     if needed > free:

@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from cfpp import paths
 from cfpp.parallel import hosts
 
 
@@ -48,7 +49,7 @@ class Writer:
         """Writes numbers by name; the row is in the file when this returns."""
         row = {"step": step} | {name: float(value) for name, value in scalars.items()}
         self._rows.append(json.dumps(row) + "\n")
-        if "://" in os.fspath(self._path):  # an object in a bucket cannot grow
+        if paths.is_remote(self._path):  # an object in a bucket cannot grow
             self._path.write_text("".join(self._rows))
         else:
             with self._path.open("a") as file:

@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
+from cfpp import paths
 from cfpp.errors import UserError
 from cfpp.parallel import hosts
 
@@ -97,7 +98,7 @@ def alone(workdir: epath.PathLike) -> Iterator[None]:
     Raises:
       UserError: another job holds it.
     """
-    if "://" in os.fspath(workdir) or not hosts.is_first():
+    if paths.is_remote(workdir) or not hosts.is_first():
         yield
         return
     folder = os.open(workdir, os.O_RDONLY)
@@ -144,23 +145,15 @@ def resolve(config: ml_collections.ConfigDict, folder: epath.PathLike) -> ml_col
     """
 
     def from_folder(path: str) -> str:
-        return os.fspath(absolute(os.path.join(folder, path))) if path.startswith("..") else path
+        if not path.startswith(".."):
+            return path
+        return os.fspath(paths.absolute(os.path.join(folder, path)))
 
     config = config.copy_and_resolve_references().unlock()
     config.data.directory = from_folder(config.data.directory)
     for role, path in config.init_from.items():
         config.init_from[role] = from_folder(path)
     return config.lock()
-
-
-def absolute(path: epath.PathLike) -> epath.Path:
-    """The path from the root on, without '..'.
-
-    In a bucket too: `epath` and `os.path` would look for it in the current directory.
-    """
-    scheme, colon, rest = os.fspath(path).rpartition("://")
-    whole = os.path.normpath(rest) if scheme else os.path.abspath(rest)
-    return epath.Path(scheme + colon + whole)
 
 
 def _read(path: epath.Path) -> dict[str, Any]:

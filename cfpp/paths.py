@@ -1,0 +1,20 @@
+"""Paths on disks and in buckets, such as gs://bucket/folder."""
+
+import os
+
+from etils import epath
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is in a bucket and not on a disk."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path from the root on, without '..'.
+
+    In a bucket too: `epath` and `os.path` would look for it in the current directory.
+    """
+    scheme, colon, rest = os.fspath(path).rpartition("://")
+    whole = os.path.normpath(rest) if scheme else os.path.abspath(rest)
+    return epath.Path(scheme + colon + whole)
