@@ -302,6 +302,10 @@ def _attend_backward(plan: _Plan, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _is_hopper() -> bool:
+    return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+
+
 def _join(x: Cached) -> Cached:
     """Lays frames end to end: `[..., E, T, D]` as `[..., E * T, D]`."""
     if isinstance(x, Quantised):
@@ -315,7 +319,7 @@ def attend(
     v: Cached,
     mask: Mask,
     layer: jax.Array | None = None,
-    backend: str = "triton",
+    backend: str | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `reference.attend`; without a gradient where `layer` is given.
@@ -325,13 +329,13 @@ def attend(
 
     Args:
       backend: 'triton', or 'mosaic' (`pallas_hopper`) on Hopper alone, which leaves a quantised
-        cache to Triton.
+        cache to Triton. None takes Mosaic's kernels where they run, and else Triton's.
       interpret: whether to run the kernels in Pallas's interpreter, on any device; for Mosaic's,
         JAX's `InterpretGPUParams`.
 
     Raises:
-      ValueError: heads are wider than the kernels' tiles, the dtypes differ, or Mosaic's kernel
-        does not take such heads or frames.
+      ValueError: heads are wider than the kernels' tiles, the dtypes differ, or Mosaic's kernels
+        do not take such arrays.
     """
     if q.shape[-1] > HEAD_DIM:
         raise ValueError(f"pallas_gpu takes heads of at most {HEAD_DIM}, got {q.shape[-1]}")
@@ -339,8 +343,13 @@ def attend(
         raise ValueError(f"q, k and v have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     frames, tokens = q.shape[2:4]
     length = max(frames, k.shape[-3]) * tokens
-    plan = _Plan(tokens, Tile.choose(q.dtype, length, tokens), backend, interpret)
     joined = _join(q), _join(k), _join(v)
+    refusal = pallas_hopper.refusal(*joined[:2], tokens)
+    if backend == "mosaic" and refusal:
+        raise ValueError(f"Mosaic's kernels take {refusal}")
+    if backend is None:
+        backend = "mosaic" if _is_hopper() and not refusal else "triton"
+    plan = _Plan(tokens, Tile.choose(q.dtype, length, tokens), backend, interpret)
     mask = keep_static(mask)
     if layer is None:
         out, logsumexp = _attend(plan, *joined, mask)

@@ -2,7 +2,10 @@
 
 One warpgroup loads blocks by the tensor memory accelerator, two multiply, each its own 64 rows, all
 from the same schedule (warp specialisation, FlashAttention-3, arXiv 2407.08608). What lies past the
-end of a sequence is read as zeros: so the hardware does it.
+end of a sequence is read as zeros and never written: so the hardware does it.
+
+Blocks of rows of one head run at the same time, so that they find its columns in the L2 cache, and
+those that visit the most blocks run first, so that the last to end are short.
 """
 
 import functools
@@ -35,6 +38,24 @@ class _Plan(NamedTuple):
     interpret: Any  # JAX's `InterpretGPUParams`, or False
 
 
+class _Turns(NamedTuple):
+    """Lets one of two warpgroups multiply while the other does everything else."""
+
+    barrier: Any  # at which both arrive
+
+    def end(self):
+        """Leaves the tensor cores to the other."""
+        mosaic.barrier_arrive(self.barrier)
+
+    def wait(self):
+        """Waits until the other leaves them."""
+        mosaic.barrier_wait(self.barrier)
+
+    def change(self):
+        self.end()
+        self.wait()
+
+
 class _Block(NamedTuple):
     """One block of several arrays of columns, in a slot of shared memory."""
 
@@ -50,7 +71,7 @@ class _Block(NamedTuple):
         mosaic.barrier_arrive(self.freed)
 
 
-def _visible(bits, rows, first, plan: _Plan, j):
+def _visible(bits, first, plan: _Plan, j):
     """Which rows of a warpgroup see which tokens of block `j`, bool `[ROWS, columns]`.
 
     Every row sees one interval of the block: of its two frames the first, the second, both or
@@ -58,7 +79,6 @@ def _visible(bits, rows, first, plan: _Plan, j):
 
     Args:
       bits: int32 reference `[row frames, column blocks]`, see `Visits`.
-      rows: `[ROWS]`, 0, 1, ...
       first: the position of the first row.
     """
     tokens = plan.tokens
@@ -70,11 +90,12 @@ def _visible(bits, rows, first, plan: _Plan, j):
         begin = jnp.where(seen & 1 != 0, 0, column_edge)
         return begin, jnp.where(seen & 2 != 0, plan.columns, column_edge)
 
+    rows, columns = (
+        jax.lax.broadcasted_iota(jnp.int32, (ROWS, plan.columns), axis) for axis in (0, 1)
+    )
     choose = lambda a, b: jnp.where(rows < edge, a, b)
     begin, end = map(choose, interval(frame), interval(frame + 1))
-    shape = (ROWS, plan.columns)
-    columns = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    return (columns >= _wide(begin, shape)) & (columns < _wide(end, shape))
+    return (columns >= begin) & (columns < end)
 
 
 def _wide(x, shape, dimension: int = 0):
@@ -82,10 +103,11 @@ def _wide(x, shape, dimension: int = 0):
     return jax.lax.broadcast_in_dim(x, shape, [dimension])
 
 
-def _multiply(plan: _Plan, *products) -> tuple:
+def _multiply(plan: _Plan, *products, meanwhile=lambda: None) -> tuple:
     """Products of tiles by a warpgroup, float32 in registers, started together.
 
     Args:
+      meanwhile: what to do once they are started, before they are waited for.
       *products: `(a, b, transpose, start)`: a tile in registers or shared memory, one in shared
         memory, whether to take that transposed, and what to add the product to, or None.
     """
@@ -97,6 +119,7 @@ def _multiply(plan: _Plan, *products) -> tuple:
     ]
     if plan.interpret:  # the simulation knows the instruction only in other forms
         dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        meanwhile()
         return tuple(
             start + dot(a[...], b[...], (((1,), (1 if transpose else 0,)), ((), ())))
             for start, (a, b, transpose, _) in zip(starts, products, strict=True)
@@ -105,31 +128,34 @@ def _multiply(plan: _Plan, *products) -> tuple:
     def run(accumulators):
         for accumulator, (a, b, transpose, _) in zip(accumulators, products, strict=True):
             mosaic.wgmma(accumulator, a, mosaic.transpose_ref(b, (1, 0)) if transpose else b)
+        meanwhile()
 
     return tuple(pl.run_state(run)(tuple(map(mosaic.ACC.init, starts))))
 
 
 def _kernel(
-    tables, layer, rows, columns, outputs,
-    row_tiles, row_there, column_tiles, column_there, column_free,
+    tables, order, layer, rows, columns, outputs,
+    row_tiles, row_there, column_tiles, column_there, column_free, turns,
     *, body, plan: _Plan,
 ):  # fmt: skip
     """Runs `body` on the rows of each warpgroup, while another brings it the columns.
 
     Args:
       tables: references to a schedule's.
+      order: int32 `[row blocks]`, which to begin with.
       layer: int32 `[1]`, of the arrays of columns.
       rows: arrays `[heads, length]` or `[heads, length, D]`; a tuple, as the next are.
       columns: tuples of such arrays, `[layers * heads, ...]`; those of a tuple arrive together.
       outputs: arrays for what `body` returns.
       row_tiles: shared memory that rows come in by, and outputs go out by.
       column_tiles: shared memory for `plan.slots` blocks of each array of `columns`.
-      row_there, column_there, column_free: barriers.
-      body: takes the tiles of rows, and `visit(step, start)`, which runs `step(carry, show,
-        *blocks)` over all visible blocks and returns the last carry; `show(x, hidden)` puts
-        `hidden` into a tile where a row does not see a column.
+      row_there, column_there, column_free, turns: barriers.
+      body: takes the tiles of rows, `visit(step, start)`, and `_Turns`. The second runs
+        `step(carry, show, *blocks)` over all visible blocks and returns the last carry;
+        `show(x, hidden)` puts `hidden` into a tile where a row does not see a column.
     """
-    tile, head, group = map(jax.lax.axis_index, ("tile", "head", "group"))
+    place, head, group = map(jax.lax.axis_index, ("place", "head", "group"))
+    tile = order[place]
     source = layer[0] * outputs[0].shape[0] + head
 
     def blocks(n):
@@ -166,14 +192,13 @@ def _kernel(
         for array, slot in zip(rows, own, strict=False):
             mosaic.copy_gmem_to_smem(array.at[head, here], slot, row_there.at[group])
         mosaic.barrier_wait(row_there.at[group])
-        positions = jax.lax.broadcasted_iota(jnp.int32, (ROWS,), 0)
 
         def visit(step, start):
             def run(n, carry, whole):
                 def show(x, hidden):
                     if whole:
                         return x
-                    visible = _visible(tables.bits, positions, first, plan, tables.index[tile, n])
+                    visible = _visible(tables.bits, first, plan, tables.index[tile, n])
                     return jnp.where(visible, x, hidden)
 
                 return step(carry, show, *blocks(n))
@@ -183,7 +208,7 @@ def _kernel(
             carry = jax.lax.fori_loop(0, whole, part(run, whole=True), start)
             return jax.lax.fori_loop(whole, seen, part(run, whole=False), carry)
 
-        results = body(own, visit)
+        results = body(own, visit, _Turns(turns))
         for result, slot in zip(results, own, strict=False):
             slot[...] = result.astype(slot.dtype)
         mosaic.commit_smem()
@@ -200,22 +225,8 @@ def _call(plan: _Plan, body, mask: Mask, layer, rows, columns, outputs):
       rows, columns, outputs: see `_kernel`, with `[B, N]` or `[L, B, N]` in front; of outputs only
         shapes and dtypes matter.
     """
-    *_, width = outputs[0].shape
-    if width not in (64, 128) or outputs[0].dtype.itemsize != 2:
-        raise ValueError(
-            f"Mosaic's kernel takes 16-bit heads of 64 or 128, got {outputs[0].dtype}, {width}"
-        )
-    if plan.tokens < LARGEST_BLOCK:  # a block would have tokens of more than two frames
-        raise ValueError(
-            f"Mosaic's kernel takes frames of {LARGEST_BLOCK} tokens or more, got {plan.tokens}"
-        )
     batch, heads, length = outputs[0].shape[:3]
     tiles = pl.cdiv(length, GROUPS * ROWS)
-    # Filled up to whole tiles, so that every store is aligned and inside.
-    out_type = [
-        jax.ShapeDtypeStruct((batch * heads, tiles * GROUPS * ROWS, *x.shape[3:]), x.dtype)
-        for x in outputs
-    ]
 
     def flat(x):
         """One dimension for layers, batch and heads."""
@@ -225,12 +236,18 @@ def _call(plan: _Plan, body, mask: Mask, layer, rows, columns, outputs):
         return jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, -x.shape[-1] % 4)))
 
     rows, columns = jax.tree.map(flat, (tuple(rows), tuple(map(tuple, columns))))
+    out_type = [jax.eval_shape(flat, x) for x in outputs]
+    if plan.interpret:  # the hardware leaves out what lies past the end, the simulation moves it
+        whole = tiles * GROUPS * ROWS
+        out_type = [x.update(shape=(x.shape[0], whole, *x.shape[2:])) for x in out_type]
 
     def shared(number, tokens, x):
         transforms = (mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128))
         shape = (number, tokens, *x.shape[2:])
         return mosaic.SMEM(shape, x.dtype, transforms=transforms if len(shape) == 3 else ())
 
+    tables = visits(mask, plan.tokens, GROUPS * ROWS, plan.columns)
+    tables = Visits(*map(jnp.asarray, tables))
     arrived = lambda number, arrays: mosaic.Barrier(num_barriers=number, num_arrivals=len(arrays))
     in_or_out = itertools.zip_longest(rows, out_type)
     results = mosaic.kernel(
@@ -242,9 +259,10 @@ def _call(plan: _Plan, body, mask: Mask, layer, rows, columns, outputs):
             [[shared(plan.slots, plan.columns, x) for x in arrays] for arrays in columns],
             [arrived(plan.slots, arrays) for arrays in columns],
             [mosaic.Barrier(num_barriers=plan.slots, num_arrivals=GROUPS) for _ in columns],
+            mosaic.Barrier(num_arrivals=GROUPS),
         ),
-        grid=(tiles, batch * heads),
-        grid_names=("tile", "head"),
+        grid=(batch * heads, tiles),
+        grid_names=("head", "place"),  # the last changes fastest
         num_threads=GROUPS + 1,
         thread_name="group",
         compiler_params=mosaic.CompilerParams(
@@ -252,41 +270,50 @@ def _call(plan: _Plan, body, mask: Mask, layer, rows, columns, outputs):
         ),
         interpret=plan.interpret,
     )(
-        Visits(*map(jnp.asarray, visits(mask, plan.tokens, GROUPS * ROWS, plan.columns))),
-        layer, rows, columns,
+        tables, jnp.argsort(-tables.seen).astype(jnp.int32), layer, rows, columns,
     )[0]  # fmt: skip
     return tuple(x[:, :length].reshape(batch, heads, length, *x.shape[2:]) for x in results)
 
 
-def _forward(plan: _Plan, own, visit):
+def _forward(plan: _Plan, own, visit, turns: _Turns):
     q, _ = own
     width = q.shape[1]
     scale = LOG2E / math.sqrt(width)
 
     def step(carry, show, key, value):
         acc, top, total = carry
-        [scores] = _multiply(plan, (q, key.wait()[0], True, None))
+        keys = key.wait()[0]
+        [scores] = _multiply(plan, (q, keys, True, None), meanwhile=turns.change)
         key.free()
-        scores = show(scores * scale, -jnp.inf)
-        new_top = jnp.maximum(top, scores.max(axis=1))
+        scores = show(scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(axis=1) * scale)
         decay = jnp.exp2(top - new_top)
-        weights = jnp.exp2(scores - _wide(new_top, scores.shape))
+        weights = jnp.exp2(scores * scale - _wide(new_top, scores.shape))
         total = total * decay + weights.sum(axis=1)
         acc = acc * _wide(decay, acc.shape)
-        [acc] = _multiply(plan, (weights.astype(q.dtype), value.wait()[0], False, acc))
+        weights = weights.astype(q.dtype)
+        # All of this is done before the other's turn ends, not after.
+        acc, total, new_top, weights = jax.lax.optimization_barrier((acc, total, new_top, weights))
+        turns.end()
+        values = value.wait()[0]
+        turns.wait()
+        [acc] = _multiply(plan, (weights, values, False, acc))
         value.free()
         return acc, new_top, total
 
     zeros = jnp.zeros((ROWS, width), jnp.float32)
     start = zeros, jnp.full(ROWS, NOTHING, jnp.float32), jnp.zeros(ROWS, jnp.float32)
+    group = jax.lax.axis_index("group")
+    pl.when(group == 1)(turns.change)
     acc, top, total = visit(step, start)
+    pl.when(group == 0)(turns.change)
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
     logsumexp = jnp.where(empty, NOTHING, top / LOG2E + jnp.log(total))
     return acc / _wide(total, acc.shape), logsumexp
 
 
-def _backward_query(plan: _Plan, own, visit):
+def _backward_query(plan: _Plan, own, visit, turns: _Turns):
     q, d_out, norms, deltas = own
     scale = 1 / math.sqrt(q.shape[1])
     norms, deltas = norms[...], deltas[...]
@@ -304,7 +331,7 @@ def _backward_query(plan: _Plan, own, visit):
     return (visit(step, jnp.zeros(q.shape, jnp.float32)) * scale,)
 
 
-def _backward_key(plan: _Plan, own, visit):
+def _backward_key(plan: _Plan, own, visit, turns: _Turns):
     k, v = own
     scale = 1 / math.sqrt(k.shape[1])
 
@@ -329,8 +356,25 @@ def _backward_key(plan: _Plan, own, visit):
     return dk * scale, dv
 
 
+def refusal(q, k, tokens: int) -> str | None:
+    """What the kernels take instead of such arrays; None where they take these.
+
+    Args:
+      q, k: arrays or shapes of `[..., length, D]`.
+      tokens: of a frame.
+    """
+    if q.shape[-1] not in (64, 128) or q.dtype.itemsize != 2:
+        return f"16-bit heads of 64 or 128, got {q.dtype}, {q.shape[-1]}"
+    if tokens < LARGEST_BLOCK:  # a block would have tokens of more than two frames
+        return f"frames of {LARGEST_BLOCK} tokens or more, got {tokens}"
+    lengths = q.shape[-2], k.shape[-2]
+    if any(length % 8 for length in lengths):  # the tiling in shared memory
+        return f"sequences of multiples of 8 tokens, got {lengths[0]} and {lengths[1]}"
+    return None
+
+
 def forward(q, k, v, mask: Mask, layer, tokens: int, interpret: Any = False):
-    """Output and logsumexp.
+    """Output and logsumexp, of what there is no `refusal` of.
 
     Args:
       q: `[B, N, length, D]`.
@@ -339,9 +383,6 @@ def forward(q, k, v, mask: Mask, layer, tokens: int, interpret: Any = False):
       layer: int32 `[1]`.
       tokens: of a frame.
       interpret: JAX's `InterpretGPUParams` to simulate the kernel on a CPU.
-
-    Raises:
-      ValueError: the kernel does not take such heads or frames.
     """
     plan = _Plan(tokens, columns=LARGEST_BLOCK, slots=2, interpret=interpret)
     outputs = q, jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
@@ -356,15 +397,12 @@ def backward(q, k, v, logsumexp, delta, d_out, mask: Mask, tokens: int, interpre
       logsumexp: float32 `[B, N, length]`, of `forward`.
       delta: float32 `[B, N, length]`, rowsum(dO O) - dL, see `pallas_gpu`.
       mask, tokens, interpret: as for `forward`.
-
-    Raises:
-      ValueError: as for `forward`.
     """
     layer = np.zeros(1, np.int32)
     norms = logsumexp * LOG2E
     plan = _Plan(tokens, columns=LARGEST_BLOCK, slots=2, interpret=interpret)
     rows, columns = (q, d_out, norms, delta), ((k, v),)
     [dq] = _call(plan, _backward_query, mask, layer, rows, columns, (q,))
-    plan = _Plan(tokens, columns=64, slots=4, interpret=interpret)
+    plan = _Plan(tokens, columns=64, slots=3, interpret=interpret)
     rows, columns = (k, v), ((q, d_out, norms, delta),)
     return dq, *_call(plan, _backward_key, mask.T, layer, rows, columns, (k, v))

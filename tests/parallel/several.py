@@ -98,6 +98,22 @@ def fake_program(workdir, failing=(), terminated=(), pace=0.0, **changes):
     return program
 
 
+def finished_program(workdir):
+    """Trains what is finished; then the first process alone reads the model."""
+
+    def program(index):
+        hosts.join(timeout=30)
+        with hosts.ending_together():
+            loop.train(
+                fake.config(batch_size=8, steps=STEPS, log_every=1, save_every=STEPS), workdir
+            )
+            if hosts.is_first():
+                checkpoint.load_model(workdir)
+            hosts.meet("read")
+
+    return program
+
+
 def command(*arguments):
     """The program `cfpp.main` with these arguments, without TensorBoard."""
 
@@ -171,6 +187,7 @@ def main(folder: pathlib.Path) -> None:
     found["killed first"] = job.end()
     found["restarted"] = fake_job(killed, **once).end()
     found["restarted"]["losses"] = losses(killed)
+    found["started once more"] = Job(killed, finished_program(killed)).end()
 
     job = fake_job(stopped, pace=0.1, **once).at_step(4, then=(None, signal.SIGTERM))
     found["stopped"] = job.end()

@@ -58,6 +58,13 @@ def test_a_job_restarted_after_kills_trains_as_one_process_does(found):
     assert_same_losses(found, "restarted")
 
 
+def test_a_finished_job_started_again_is_finished(found):
+    """And the first process reads its model without the others, as the evaluation does."""
+    job = found["started once more"]
+    assert job["codes"] == [0, 0], job["told"]
+    assert f"finished, all {several.STEPS} steps" in job["told"][0]
+
+
 def test_sigterm_to_one_process_saves_and_ends_all(found):
     job = found["stopped"]
     assert job["codes"] == [0, 0]
