@@ -2,7 +2,7 @@
 
 One warpgroup loads blocks by the tensor memory accelerator, two multiply, each its own 64 rows, all
 from the same schedule (warp specialisation, FlashAttention-3, arXiv 2407.08608). What lies past the
-end of a sequence is read as zeros and never written: so the hardware does it.
+end of a sequence is read as zeros: so the hardware does it.
 
 Blocks of rows of one head run at the same time, so that they find its columns in the L2 cache, and
 those that visit the most blocks run first, so that the last to end are short.
@@ -232,12 +232,12 @@ def _call(plan: _Plan, body, mask: Mask, layer, rows, columns, outputs):
         """One dimension for layers, batch and heads."""
         if x.ndim > 3:
             return x.reshape(-1, *x.shape[-2:])
-        # The copies take sequences of multiples of 16 bytes.
-        return jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, -x.shape[-1] % 4)))
+        # The hardware cuts off what is copied past the end of rows, but not of single numbers.
+        return jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, -x.shape[-1] % (GROUPS * ROWS))))
 
     rows, columns = jax.tree.map(flat, (tuple(rows), tuple(map(tuple, columns))))
     out_type = [jax.eval_shape(flat, x) for x in outputs]
-    if plan.interpret:  # the hardware leaves out what lies past the end, the simulation moves it
+    if plan.interpret:  # the simulation cuts off nothing
         whole = tiles * GROUPS * ROWS
         out_type = [x.update(shape=(x.shape[0], whole, *x.shape[2:])) for x in out_type]
 
