@@ -89,6 +89,8 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
     config.ema = ConfigDict({"decay": 0.99, "start": 0})
     config.frozen_dtype = "float32"  # of networks that only lend their output
     config.init_from = ConfigDict()
+    if options.world == "atari":
+        config.batch_size = 4  # of 64 tokens a frame: more steps do more than larger ones
     if options.world == "wan_1_3b":
         config.batch_size = 64
         config.save_every = 250
@@ -149,7 +151,6 @@ def model(options: ConfigDict) -> ConfigDict:
     config.num_actions = 5
     if options.world == "atari":
         config.height = config.width = 64
-        config.patch = 16
         config.dim, config.ffn_dim, config.heads = 192, 768, 6
         config.num_actions = 18
     config.text_dim = 0

@@ -19,8 +19,8 @@ JOBS = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}
 STEPS = {
     "": (150, 1700, 300, 60),
     "smoke": (4, 6, 4, 2),
-    "atari": (100, 900, 200, 40),
-    "long": (3000, 5000, 1500, 300),
+    "atari": (100, 2200, 350, 40),
+    "long": (8000, 8000, 1500, 300),
 }
 
 
@@ -47,6 +47,7 @@ def get_config(arg: str = ""):
     config.stage3.init_from.student = "../stage2"
     config.stage3.init_from.real = "../stage1"
     if arg == "long":
+        config.stage2.grid_steps = 24
         config.stage3.real_score = "bidirectional"
         config.stage3.init_from.real = "../stage0"
 
