@@ -30,12 +30,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SENT = ("cfpp", "configs", "launch", "setup.py", "pyproject.toml", "constraints.txt")
 
 # A machine's states, whatever Google calls them.
-ABSENT, WAITING, READY, LOST = "absent", "waiting", "ready", "lost"
+ABSENT, WAITING, READY, LOST, REFUSED = "absent", "waiting", "ready", "lost", "refused"
 
 WORKER = "cfpp/launch/worker.sh"  # on a host, in the home directory
 CRASHED = r"exited (?!0$|143\b)"  # not through, nor ended by SIGTERM
 
-PATIENCE = 5  # failures in a row of gcloud, or of reaching a host, that are borne
+PATIENCE = 5  # failures in a row of gcloud, of requests, or of reaching a host, that are borne
 
 RUNTIMES = {  # TPU software versions
     "v2": "tpu-ubuntu2204-base",
@@ -67,7 +67,7 @@ class Tpu:
     extra = "tpu"
     states: ClassVar[dict[str, str]] = {
         "ACTIVE": READY,
-        "FAILED": LOST,
+        "FAILED": REFUSED,  # before it was ready
         "SUSPENDED": LOST,
     }  # all others: it is coming
 
@@ -197,10 +197,14 @@ def call(command: Command) -> str:
 
 
 class Rehearsal:
-    """Prints commands instead of running them; answers as if nothing existed and all went well."""
+    """Prints commands instead of running them; answers as if all went well.
+
+    At first there is no machine for the commands that create one, and one for the others.
+    """
 
     def __init__(self, machine: Machine):
-        self.machine, self.is_created, self.is_started = machine, False, False
+        self.machine, self.is_started = machine, False
+        self.is_created = machine.options.command not in CREATING
 
     def __call__(self, command: Command) -> str:
         """Prints a command; returns what it would say."""
@@ -240,7 +244,7 @@ def create(machine: Machine, call: Call) -> None:
     Raises:
       Failure: gcloud refuses, for another reason than that there is none to be had just now.
     """
-    name, told, failures = machine.options.name, None, 0
+    name, told, failures, refusals = machine.options.name, None, 0, 0
     while True:
         try:
             state, reason = state_of(machine, call)
@@ -258,6 +262,10 @@ def create(machine: Machine, call: Call) -> None:
         if state != told:
             say(f"{name} is {state}" + (f": {reason}" if reason else ""))
             told = state
+        if state == REFUSED and not NO_CAPACITY.search(reason):
+            refusals += 1
+            if refusals == PATIENCE:
+                raise Failure(f"{name} was refused {refusals} times: {reason or 'no reason given'}")
         if state != WAITING:
             try:
                 for command in [machine.create()] if state == ABSENT else machine.restart():
@@ -396,6 +404,7 @@ def delete(machine: Machine, call: Call) -> None:
 
 
 COMMANDS = {f.__name__: f for f in (create, setup, run, logs, fetch, stop, delete)}
+CREATING = ("create", "run")
 
 
 class Parser(argparse.ArgumentParser):
@@ -434,7 +443,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: str, command: str) -> None:
     parser.add_argument("--zone", required=True, help="such as us-east5-a")
     parser.add_argument("--project", help="gcloud's own setting, by default")
     parser.add_argument("--dry_run", action="store_true", help="only print what would be called")
-    if command in ("create", "run"):
+    if command in CREATING:
         parser.add_argument("--spot", action="store_true", help="cheap, but may be preempted")
         parser.add_argument("--poll", type=float, default=30.0, help="seconds between two looks")
         if kind == "tpu":

@@ -4,13 +4,13 @@
 #   worker.sh setup tpu|cuda    installs cfpp; quick when nothing has changed
 #   worker.sh start ID JOB...   starts the jobs, one after another, in the background
 #   worker.sh status ID         prints 'cfpp: running|idle|busy' or 'cfpp: exited CODE [ERROR]'
-#   worker.sh stop              ends the jobs, which save first
+#   worker.sh stop              ends the jobs, which save first; kills them if that takes too long
 #
 # A JOB is the arguments of cfpp.main, in one word. A held lock, not a process number, tells that
 # jobs are running: the kernel drops it with the last of their processes, whatever ended them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-readonly state=~/cfpp_jobs seconds_to_save=60
+readonly state=~/cfpp_jobs seconds_to_save=300
 mkdir -p "$state"
 
 setup() {

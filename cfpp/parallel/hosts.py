@@ -1,14 +1,15 @@
 """Several processes, one job: how they find each other, and how they end together.
 
-On a TPU pod and in a step of Slurm JAX finds the others itself. Elsewhere every process is told
-where process 0 is, how many there are and which one it is. They call the roll before JAX starts,
-since what is wrong then JAX tells by an abort. The connections stay open: whoever dies is missed at
-once, where JAX's own heartbeat lets the others wait in a collective for 100 s.
+Every process learns where process 0 is, how many there are and which one it is: from TPU pods and
+Slurm as JAX does, elsewhere it is told. They call the roll before JAX starts, since what is wrong
+then JAX tells by an abort. The connections stay open: whoever dies is missed at once, where JAX's
+own heartbeat lets the others wait in a collective for 100 s.
 """
 
 import atexit
 import contextlib
 import itertools
+import math
 import os
 import socket
 import sys
@@ -16,9 +17,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from logging import LogRecord
 from typing import NoReturn
 
 import jax
+from absl import logging
+from jax._src import clusters  # nothing public tells what JAX finds, without starting it
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
@@ -59,15 +63,15 @@ def join(
       timeout: seconds that they may take to come.
 
     Raises:
-      UserError: what was given is incomplete or out of range, or some process does not come.
+      UserError: what was given or found is incomplete or out of range, or some process does not
+        come.
     """
     given = (coordinator_address, num_processes, process_id)
     if all(value is None for value in given):
         given = tuple(os.environ.get(name) for name in VARIABLES)
     if all(value is None for value in given):
-        if _found_by_jax():
-            with contextlib.suppress(ValueError, OSError):  # a TPU VM that is in no pod
-                jax.distributed.initialize(initialization_timeout=int(timeout))
+        given = _found(timeout)
+    if given is None:
         return
     address, count, index = _check(*given)
     if count == 1:
@@ -77,19 +81,47 @@ def join(
     else:
         _others[0] = _answer_roll(address, count, index, timeout)
     jax.distributed.initialize(
-        "{}:{}".format(*address), count, index, initialization_timeout=int(timeout)
+        "{}:{}".format(*address), count, index, initialization_timeout=math.ceil(timeout)
     )
+    logging.get_absl_logger().addFilter(_label(index, count))
     _watch()
     atexit.register(_tell, FAREWELL)
 
 
-def _found_by_jax() -> bool:
-    """Whether this is one of several tasks of a Slurm step, or a TPU VM.
+def _found(timeout: float) -> tuple[str, int, int] | None:
+    """What a step of Slurm or a TPU slice says, as `_check` takes it; None outside of both.
 
-    JAX sets TPU_SKIP_MDS_QUERY, at import, where there are no TPU chips.
+    Raises:
+      UserError: this process is in one, but cannot learn its place. Going on as if it were alone,
+        it would train where the others do.
     """
-    is_step = "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
-    return is_step or "TPU_SKIP_MDS_QUERY" not in os.environ
+    try:
+        cluster = _cluster()
+        if cluster is None:
+            return None
+        return (
+            cluster.get_coordinator_address(timeout, os.environ.get("JAX_COORDINATOR_PORT")),
+            cluster.get_process_count(),
+            cluster.get_process_id(),
+        )
+    except Exception as error:  # of all kinds: variables that are not there, no answer to requests
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            "cannot learn from Slurm or the TPU where process 0 is, and which one this is "
+            f"({reason}); give --coordinator_address, --num_processes and --process_id"
+        ) from error
+
+
+def _cluster() -> type[clusters.ClusterEnv] | None:
+    """What JAX knows of the place where this process runs; None where nothing tells of others."""
+    if "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
+        return clusters.SlurmCluster
+    if clusters.GkeTpuCluster.is_env_present():
+        # Notebooks in a cloud have a list of one host, and nobody to ask about slices.
+        hosts = clusters.GkeTpuCluster._get_worker_list_in_slice()
+        slices = os.environ.get("MEGASCALE_NUM_SLICES") or "1"
+        return clusters.GkeTpuCluster if len(hosts) > 1 or slices != "1" else None
+    return clusters.GceTpuCluster if clusters.GceTpuCluster.is_env_present() else None
 
 
 def _check(address, count, index) -> tuple[tuple[str, int], int, int]:
@@ -194,9 +226,9 @@ def _watch() -> None:
 
     def follow(index, connection):
         line = _receive(connection, None)
-        code, _, error = line.partition(" ")
-        if line == FAREWELL:
+        if line == FAREWELL or _ending.locked():  # then `_wait_for_end` may have read a part of it
             return
+        code, _, error = line.partition(" ")
         if code == "2":
             time.sleep(GRACE)
         if not line:
@@ -210,6 +242,16 @@ def _watch() -> None:
         threading.Thread(target=follow, args=(index, connection), daemon=True).start()
 
 
+def _label(index: int, count: int) -> Callable[[LogRecord], bool]:
+    """Lets every line of a log say which process it comes from; for `Logger.addFilter`."""
+
+    def add(record):
+        record.msg = f"[{index}/{count}] {record.msg}"
+        return True
+
+    return add
+
+
 def _end(error: str, code: int) -> NoReturn:
     """Tells why, and ends the process without JAX's farewell, which would wait for the others."""
     with _ending:
@@ -219,11 +261,18 @@ def _end(error: str, code: int) -> NoReturn:
         if jax.process_index() == 0:  # once it is gone, JAX aborts the others
             deadline = time.monotonic() + 2 * GRACE
             for connection in _others.values():
-                while _receive(connection, max(deadline - time.monotonic(), 0.001)):
-                    pass
+                _wait_for_end(connection, deadline)
             if not _others:
                 time.sleep(GRACE)
         os._exit(code)
+
+
+def _wait_for_end(connection: socket.socket, deadline: float) -> None:
+    """Returns once the other end is closed."""
+    connection.settimeout(max(deadline - time.monotonic(), 0.001))
+    with contextlib.suppress(OSError):
+        while connection.recv(1024):
+            pass
 
 
 @contextlib.contextmanager

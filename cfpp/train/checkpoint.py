@@ -73,12 +73,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-            item_handlers={
-                MODEL: ocp.StandardCheckpointHandler(),
-                STATE: ocp.StandardCheckpointHandler(),
-                DATA: ocp.JsonCheckpointHandler(),
-                FINGERPRINT: ocp.JsonCheckpointHandler(),
-            },
+            item_handlers=_handlers(),
         )
 
     def restore(self, template: Tree, data: grain.DatasetIterator) -> Tree | None:
@@ -94,7 +89,7 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is of another model, or none is intact.
         """
-        restore = functools.partial(self._restore, template=template, data=data)
+        restore = functools.partial(_restore, template=template, data=data)
         found = _newest_intact(self.directory, restore)
         if found is None:
             return None
@@ -148,26 +143,25 @@ class Checkpoints:
         except Exception as error:
             logging.info("closing %s: %s", self.directory, error)
 
-    def _restore(self, path: epath.Path, template: Tree, data: grain.DatasetIterator) -> Tree:
-        with _damage():
-            stored = {name: _shapes(path / name) for name in (MODEL, STATE)}
-        wanted = {MODEL: template.ema, STATE: _without_ema(template)}
+
+def _restore(path: epath.Path, template: Tree, data: grain.DatasetIterator) -> Tree:
+    """What `Checkpoints.restore` restores, from one checkpoint."""
+    wanted = {MODEL: template.ema, STATE: _without_ema(template)}
+    with _damage(together=True):
         for name in (MODEL, STATE):
-            shapes.check(wanted[name], stored[name], f"checkpoint {path}")
-        with _damage():
-            restored = self._manager.restore(
-                int(path.name),
-                args=ocp.args.Composite(
-                    model=ocp.args.StandardRestore(wanted[MODEL]),
-                    state=ocp.args.StandardRestore(wanted[STATE]),
-                    data=ocp.args.JsonRestore(),
-                    fingerprint=ocp.args.JsonRestore(),
-                ),
-            )
-            state = template.replace(ema=restored[MODEL], **restored[STATE])
-            _check_fingerprint(inspect(state)[1], restored[FINGERPRINT])
-            data.set_state(restored[DATA])
-        return state
+            shapes.check(wanted[name], _shapes(path / name), f"checkpoint {path}")
+        restored = _read(
+            path,
+            model=ocp.args.StandardRestore(wanted[MODEL]),
+            state=ocp.args.StandardRestore(wanted[STATE]),
+            data=ocp.args.JsonRestore(),
+            fingerprint=ocp.args.JsonRestore(),
+        )
+    with _damage():
+        state = template.replace(ema=restored[MODEL], **restored[STATE])
+        _check_fingerprint(inspect(state)[1], restored[FINGERPRINT])
+        data.set_state(restored[DATA])
+    return state
 
 
 def inspect(state: Tree) -> tuple[bool, dict[str, int]]:
@@ -181,8 +175,7 @@ def inspect(state: Tree) -> tuple[bool, dict[str, int]]:
     # On the host: compiling a sum for every shape takes seconds, and saving copies it all anyway.
     floats = (x for x in _pieces(items) if jnp.issubdtype(x.dtype, jnp.inexact))
     finite = all(np.all(np.isfinite(x)) for x in floats)
-    everywhere = not _total(0 if finite else 1)
-    return everywhere, {name: _sum_of_bits(item) for name, item in items.items()}
+    return _everywhere(finite), {name: _sum_of_bits(item) for name, item in items.items()}
 
 
 def _sum_of_bits(tree: Tree) -> int:
@@ -204,6 +197,11 @@ def _total(number: int) -> int:
     return int(np.sum(numbers, dtype=np.uint32))
 
 
+def _everywhere(is_so: bool) -> bool:
+    """Whether something is so in all processes, which ask together."""
+    return not _total(0 if is_so else 1)
+
+
 def _check_fingerprint(found: dict[str, int], wanted: dict[str, int]) -> None:
     for name, value in found.items():
         if value != wanted[name]:
@@ -219,15 +217,18 @@ def steps(directory: epath.PathLike) -> list[int]:
 
 
 def is_finished(workdir: epath.PathLike, last_step: int) -> bool:
-    """Whether the checkpoint of a run's last step is there and its model intact."""
+    """Whether the checkpoint of a run's last step is there and its model intact.
+
+    All processes ask together, and get the same answer.
+    """
     path = epath.Path(workdir) / "checkpoints" / str(last_step)
-    if not path.exists():
-        return False
-    try:
-        _read_model(path)
-    except DamageError:
-        return False
-    return True
+    is_intact = path.exists()
+    if is_intact:
+        try:
+            _read_model(path)
+        except DamageError:
+            is_intact = False
+    return _everywhere(is_intact)
 
 
 def load_model(
@@ -302,7 +303,8 @@ def export(path: epath.PathLike, out: epath.PathLike) -> None:
         raise UserError(f"{out} exists and is not overwritten; choose another --out")
     config, params = load_model(path)
     temporary = out.with_name(out.name + ".tmp")
-    with _saving(out), ocp.Checkpointer(_export_handler()) as checkpointer:
+    handler = ocp.CompositeCheckpointHandler(**_handlers())
+    with _saving(out), ocp.Checkpointer(handler) as checkpointer:
         temporary.mkdir(parents=True, exist_ok=True)
         _check_room(temporary, params)
         checkpointer.save(
@@ -317,10 +319,23 @@ def export(path: epath.PathLike, out: epath.PathLike) -> None:
         temporary.rename(out)
 
 
-def _export_handler() -> ocp.CompositeCheckpointHandler:
-    return ocp.CompositeCheckpointHandler(
-        model=ocp.StandardCheckpointHandler(), fingerprint=ocp.JsonCheckpointHandler()
-    )
+def _handlers() -> dict[str, ocp.CheckpointHandler]:
+    return {
+        MODEL: ocp.StandardCheckpointHandler(),
+        STATE: ocp.StandardCheckpointHandler(),
+        DATA: ocp.JsonCheckpointHandler(),
+        FINGERPRINT: ocp.JsonCheckpointHandler(),
+    }
+
+
+def _read(folder: epath.Path, **items: ocp.args.CheckpointArgs) -> dict[str, Tree]:
+    """Reads items of a checkpoint or export.
+
+    Not by a `Checkpointer`, at the end of which all processes wait for each other: the first may
+    read alone, and one that fails does not come there.
+    """
+    handler = ocp.CompositeCheckpointHandler(**_handlers())
+    return handler.restore(paths.absolute(folder), args=ocp.args.Composite(**items))
 
 
 def _shapes(item: epath.Path) -> Tree:
@@ -332,19 +347,16 @@ def _shapes(item: epath.Path) -> Tree:
 def _read_model(folder: epath.Path, sharding: Tree = None) -> Tree:
     """The item `model` of a checkpoint or export."""
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with _damage():
+    is_own = all(where.is_fully_addressable for where in jax.tree.leaves(sharding))
+    with _damage(together=not is_own):
         stored = _shapes(folder / MODEL)
         shardings = jax.tree.broadcast(sharding, stored)
         template = jax.tree.map(lambda x, where: x.update(sharding=where), stored, shardings)
-        # Not by a `Checkpointer`, which waits for all processes: the first may read alone.
-        restored = _export_handler().restore(
-            paths.absolute(folder),
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(template), fingerprint=ocp.args.JsonRestore()
-            ),
+        restored = _read(
+            folder, model=ocp.args.StandardRestore(template), fingerprint=ocp.args.JsonRestore()
         )
-        found = {MODEL: _sum_of_bits(restored[MODEL])}
-        _check_fingerprint(found, restored[FINGERPRINT])
+    with _damage():
+        _check_fingerprint({MODEL: _sum_of_bits(restored[MODEL])}, restored[FINGERPRINT])
     return restored[MODEL]
 
 
@@ -362,8 +374,9 @@ def _newest_intact(
         try:
             return step, read(path)
         except DamageError as error:
-            first_damage = first_damage or error
-            logging.warning("passing over checkpoint %s: damaged (%s)", path, error)
+            damage = str(error)  # the error itself holds, by its traceback, what was read
+            first_damage = first_damage or damage
+            logging.warning("passing over checkpoint %s: damaged (%s)", path, damage)
     if first_damage is None:
         return None
     raise UserError(
@@ -388,14 +401,24 @@ def _unfinished(directory: epath.Path) -> Iterator[epath.Path]:
 
 
 @contextlib.contextmanager
-def _damage() -> Iterator[None]:
-    """Turns whatever goes wrong in reading into a `DamageError` of one line."""
+def _damage(together: bool = False) -> Iterator[None]:
+    """Turns whatever goes wrong in reading into a `DamageError` of one line.
+
+    Args:
+      together: all processes read, each its part; what one of them cannot read is damaged for all.
+        Otherwise they would go on to different checkpoints, and compare these.
+    """
+    cause = None
     try:
         yield
-    except DamageError:
+    except UserError:
         raise
     except Exception as error:
-        raise DamageError(_first_line(error)) from error
+        cause = error
+    if together and not _everywhere(cause is None):
+        cause = cause or DamageError("another process cannot read its part")
+    if cause:
+        raise DamageError(_first_line(cause)) from cause
 
 
 def _check_room(directory: epath.Path, tree: Tree) -> None:

@@ -77,20 +77,44 @@ def cloud(tmp_path):
             pass
 
 
+SETUP = ["tar -czf", " scp ", "worker.sh setup"]
+LOOK, START = [" describe "], ["worker.sh status", "worker.sh stop", *SETUP, "worker.sh start"]
+
+
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
-def test_a_dry_run_prints_every_command_and_calls_none(kind, tmp_path):
+@pytest.mark.parametrize(
+    "command, flags, printed",
+    [
+        ("create", [], [*LOOK, " create ", *LOOK]),
+        ("setup", [], SETUP),
+        ("run", [JOB, NEXT_JOB], [*LOOK, " create ", *LOOK, *START, *LOOK, "worker.sh status"]),
+        ("logs", ["--worker=3"], ["tail -n 100 -F"]),
+        ("fetch", ["--source=gs://bucket/a"], ["mkdir -p fetched", " rsync "]),
+        ("fetch", ["--source=runs", "--to=here"], ["mkdir -p here", " scp "]),
+        ("stop", [], ["worker.sh stop"]),
+        ("delete", [], [*LOOK, " delete "]),
+    ],
+)
+def test_a_dry_run_prints_every_command_and_calls_none(command, kind, flags, printed, tmp_path):
+    all_flags = FLAGS[kind] if command in ("create", "run") else FLAGS[kind][:2]
     done = subprocess.run(
-        [sys.executable, ROOT / "launch/cloud.py", kind, "run", *FLAGS[kind], JOB, "--dry_run"],
+        [sys.executable, ROOT / "launch/cloud.py", kind, command, *all_flags, *flags, "--dry_run"],
         env={"PATH": str(tmp_path)},
         capture_output=True,
         text=True,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    for part in ["describe", "create", "scp", "worker.sh setup", "worker.sh start", "stage1"]:
-        assert part in done.stdout
-    assert all(line.startswith(("gcloud ", "tar ")) for line in done.stdout.splitlines())
-    flag = {"tpu": "--spot", "gpu": "--provisioning-model=SPOT"}[kind]
-    assert flag in next(line for line in done.stdout.splitlines() if " create " in line)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(printed), lines
+    for line, part in zip(lines, printed, strict=True):
+        assert part in line and line.startswith(("gcloud ", "tar ", "mkdir "))
+    if " create " in printed:
+        flag = {"tpu": "--spot", "gpu": "--provisioning-model=SPOT"}[kind]
+        assert flag in lines[1]
+    if command == "run":
+        assert all(job in done.stdout for job in ("gs://bucket/stage1", "gs://bucket/stage2"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_run_does_all_there_is_on_all_hosts(cloud):
@@ -139,7 +163,21 @@ def test_a_tpu_without_capacity_is_asked_for_again(cloud):
     assert done.returncode == 0, done.stderr
     changes = cloud.calls("create", "delete")
     assert changes == ["create", "delete", "create", "delete", "create"]
-    assert "cf is lost: no such capacity" in done.stderr and done.stderr.endswith("cf is ready\n")
+    assert "cf is refused: There is no more capacity in the zone" in done.stderr
+    assert done.stderr.endswith("cf is ready\n")
+
+
+def test_a_tpu_without_capacity_is_asked_for_without_end(cloud):
+    cloud.plan(create=["failed"] * 7 + ["queued"])
+    assert cloud("tpu", "create", *FLAGS["tpu"]).returncode == 0
+
+
+def test_a_tpu_that_is_refused_for_another_reason_is_not_asked_for_without_end(cloud):
+    cloud.plan(create=["refused"])
+    done = cloud("tpu", "run", *FLAGS["tpu"], JOB)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: cf was refused 5 times: quota exceeded"
+    assert cloud.calls("create") == ["create"] * 5
 
 
 def test_a_gpu_without_capacity_is_asked_for_again(cloud):
@@ -186,17 +224,18 @@ def test_a_preempted_gpu_machine_is_started_again_and_the_job_goes_on(cloud):
 
 
 def test_a_slice_with_a_lost_host_is_made_again(cloud):
-    cloud.plan(events={"5": "lose"})
+    """The other host answers that its job is running."""
+    cloud.plan(hosts=2, events={"5": "lose 1"})
     cloud.job("train", "done")
     done = cloud("tpu", "run", *FLAGS["tpu"], JOB)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("a host does not answer: ssh: connect to host") == 5
     assert cloud.calls("create", "delete") == ["create", "delete", "create"]
-    assert len(cloud.started()) == 2
+    assert len(cloud.started(0)) == len(cloud.started(1)) == 2
 
 
 def test_short_troubles_of_the_network_change_nothing(cloud):
-    cloud.plan(events={"5": "lose", "7": "found again", "9": "offline", "11": "preempt"})
+    cloud.plan(events={"5": "lose 0", "7": "found again", "9": "offline", "11": "preempt"})
     cloud.job("train", "done")
     done = cloud("gpu", "run", *FLAGS["gpu"], JOB)
     assert done.returncode == 0, done.stderr

@@ -18,10 +18,11 @@ from unittest import mock
 
 import jax
 from absl import app
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cfpp import main as main_module
 from cfpp.errors import UserError, exit_on_user_error
-from cfpp.parallel import hosts
+from cfpp.parallel import hosts, mesh
 from cfpp.train import checkpoint, loop, metrics
 from tests.train import fake
 
@@ -93,7 +94,35 @@ def fake_program(workdir, failing=(), terminated=(), pace=0.0, **changes):
         slow_down(pace)
         hosts.join(timeout=30)
         with hosts.ending_together():
-            loop.train(fake.config(batch_size=8, steps=STEPS, **changes), workdir)
+            loop.train(fake.config(**{"batch_size": 8, "steps": STEPS} | changes), workdir)
+
+    return program
+
+
+def divided_program(workdir, **changes):
+    """Trains the fake stage, where each process holds its part of the parameters.
+
+    First they read a model that is there already, each its part.
+    """
+
+    dim = 64  # smaller parts would not be in files of their own
+
+    def divide(boxed, device_mesh):
+        """In the place of `mesh.state_shardings`: the fake parameters have no names."""
+        rows = {True: PartitionSpec("fsdp"), False: PartitionSpec()}
+        return jax.tree.map(lambda x: NamedSharding(device_mesh, rows[x.ndim > 0]), boxed)
+
+    def program(index):
+        for patch in (*fake.patches(dim), mock.patch("cfpp.parallel.mesh.state_shardings", divide)):
+            patch.start()
+        hosts.join(timeout=30)
+        with hosts.ending_together():
+            sizes = {"mesh": mesh.sizes("fsdp=4"), "model": {"dim": dim}}
+            config = fake.config(batch_size=8, **sizes, **changes)
+            if checkpoint.steps(workdir / "checkpoints"):
+                rows = NamedSharding(mesh.create(config.mesh), PartitionSpec("fsdp"))
+                checkpoint.load_model(workdir, rows)
+            loop.train(config, workdir)
 
     return program
 
@@ -173,8 +202,17 @@ def losses(workdir):
     return {row["step"]: row["loss"] for row in rows}
 
 
+def damaged(workdir: pathlib.Path) -> dict:
+    """Restarts a job whose last checkpoint, of step 4, only the second process cannot read."""
+    Job(workdir, divided_program(workdir, steps=4, save_every=2)).end()
+    for item in (checkpoint.MODEL, checkpoint.STATE):
+        for path in (workdir / "checkpoints/4" / item / "ocdbt.process_1/d").iterdir():
+            os.truncate(path, path.stat().st_size // 2)
+    return Job(workdir, divided_program(workdir, steps=6, save_every=2)).end()
+
+
 def main(folder: pathlib.Path) -> None:
-    found = {}
+    found = {"damaged": damaged(folder / "damaged")}
     often, once = {"log_every": 1, "save_every": 4}, {"log_every": 1, "save_every": STEPS}
 
     one, killed, stopped = folder / "one", folder / "killed", folder / "stopped"

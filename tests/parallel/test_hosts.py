@@ -1,6 +1,7 @@
 """Several processes: how they come together, train as one, and end together."""
 
 import json
+import os
 import pathlib
 import re
 import socket
@@ -9,6 +10,7 @@ import sys
 import threading
 
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 
 from cfpp.errors import UserError
 from cfpp.parallel import hosts
@@ -65,6 +67,17 @@ def test_a_finished_job_started_again_is_finished(found):
     assert f"finished, all {several.STEPS} steps" in job["told"][0]
 
 
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(found):
+    job = found["damaged"]
+    assert job["codes"] == [0, 0], job["told"]
+    assert job["checkpoints"] == [4, 6]
+    first, second = job["told"]
+    assert first.count("damaged (another process cannot read its part)") == 2  # model and state
+    assert second.count("passing over checkpoint") == 2
+    assert "[0/2] renamed the damaged checkpoint" in first
+    assert "[1/2] passing over checkpoint" in second  # lines of logs say whose they are
+
+
 def test_sigterm_to_one_process_saves_and_ends_all(found):
     job = found["stopped"]
     assert job["codes"] == [0, 0]
@@ -108,6 +121,21 @@ def test_only_the_first_process_talks(found):
 def test_an_error_is_told_once_by_each_process(found, job):
     assert found[job]["codes"] == [2, 2]
     assert errors(found[job]["told"]) == [["error: the disk is full"]] * 2
+
+
+def test_a_process_that_is_ending_does_not_care_how_others_do(monkeypatch):
+    """It waits for their end and may take a part of their last line away from who follows them."""
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(hosts, "_others", {1: ours})
+    faults = []
+    monkeypatch.setattr(threading, "excepthook", faults.append)
+    before = threading.enumerate()
+    with hosts._ending:
+        hosts._watch()
+        (follower,) = set(threading.enumerate()) - set(before)
+        hosts._send(theirs, "cess 1 stopped at a ValueError, shown in its output")
+        follower.join(10)
+    assert not faults and not follower.is_alive()
 
 
 # --- coming together
@@ -190,8 +218,118 @@ def test_the_environment_tells_too(monkeypatch):
     hosts.join()  # alone
 
 
-def test_alone_without_any_of_it(monkeypatch):
-    for name in hosts.VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+@pytest.fixture
+def surroundings(monkeypatch):
+    """Sets variables of the environment, where nothing else tells of other processes."""
+    for name in os.environ:
+        if name.startswith(("JAX_COORDINATOR", "JAX_NUM", "JAX_PROCESS", "SLURM_", "TPU_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # as JAX itself does where there is no TPU
+
+    def set_all(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_all
+
+
+def test_alone_without_any_of_it(surroundings):
     hosts.join()
     assert not hosts.jax.distributed.is_initialized()
+
+
+STEP = {"SLURM_JOB_ID": "17", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "2"}
+
+
+def test_a_step_of_slurm_tells(surroundings):
+    surroundings(**STEP, SLURM_PROCID="1", SLURM_LOCALID="0")
+    assert hosts._found(timeout=1) == ("node3:61457", 2, 1)
+    surroundings(SLURM_NTASKS="1")
+    assert hosts._found(timeout=1) is None
+
+
+def test_a_step_of_slurm_that_does_not_tell_all_is_not_taken_for_one_process(surroundings):
+    surroundings(**STEP)
+    told = fault()
+    assert "cannot learn from Slurm or the TPU where process 0 is" in told
+    assert "(KeyError: 'SLURM_PROCID'); give --coordinator_address" in told
+
+
+@pytest.fixture
+def tpu(monkeypatch, surroundings):
+    """A TPU's host, on Google's own machines if `metadata` is filled: what its server answers."""
+    metadata = {}
+
+    def get(key):
+        if not metadata:
+            raise OSError("no answer")
+        return (metadata[key], 200) if key in metadata else ("", 404)
+
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", get)
+    return metadata
+
+
+@pytest.mark.parametrize("workers, count", [("a:0:127.0.0.1,b:1:10.0.0.2", 2), ("127.0.0.1", 1)])
+def test_a_tpu_slice_tells(tpu, monkeypatch, workers, count):
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+    tpu |= {"worker-network-endpoints": workers, "agent-worker-number": str(count - 1)}
+    assert hosts._found(timeout=1) == ("127.0.0.1:8482", count, count - 1)
+
+
+def test_a_tpu_host_that_cannot_learn_its_place_is_not_taken_for_one_process(tpu, monkeypatch):
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+    assert "where process 0 is, and which one this is (OSError: no answer)" in fault()
+
+
+def test_of_a_list_of_tpu_hosts_only_the_one_of_a_single_host_is_alone(tpu, surroundings):
+    surroundings(TPU_WORKER_HOSTNAMES="localhost")
+    hosts.join()
+    assert not hosts.jax.distributed.is_initialized()
+    surroundings(TPU_WORKER_HOSTNAMES="localhost,other", MEGASCALE_COORDINATOR_ADDRESS="localhost")
+    surroundings(MEGASCALE_NUM_SLICES="1", MEGASCALE_SLICE_ID="0")
+    assert "(ValueError: invalid literal for int()" in fault()  # without TPU_WORKER_ID
+    surroundings(TPU_WORKER_ID="1")
+    assert hosts._found(timeout=1) == ("localhost:8482", 2, 1)
+
+
+def given(index, count):
+    return dict(zip(hosts.VARIABLES, ("127.0.0.1:PORT", str(count), str(index)), strict=True))
+
+
+def in_slurm(index, count):
+    place = {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "SLURM_NTASKS": str(count)}
+    return place | {"SLURM_JOB_ID": "PORT", "SLURM_STEP_NODELIST": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    "processes, timeout, messages",
+    [
+        ([given(1, 2)], 0.5, ["process 0, cannot be reached at 127.0.0.1:"]),
+        ([given(0, 2), given(1, 3)], 60, ["process 1 counts 3 processes, process 0 counts 2"] * 2),
+        ([in_slurm(1, 2)], 0.5, ["process 0, cannot be reached at 127.0.0.1:"]),
+        ([in_slurm(0, 2)], 0.5, ["of 2 processes, 1 did not come within 0.5 s; start all"]),
+        ([in_slurm(0, 2), in_slurm(1, 3)], 60, ["process 1 counts 3 processes"] * 2),
+    ],
+)
+def test_who_does_not_find_the_others_ends_with_one_line(
+    surroundings, address, tmp_path, processes, timeout, messages
+):
+    """The programs themselves; JAX would end them with its own message and code 134."""
+    port = address.rpartition(":")[2]
+    command = [sys.executable, "-m", "cfpp.main", "--config=configs/stage1.py:smoke"]
+    started = [
+        subprocess.Popen(
+            [*command, f"--workdir={tmp_path / 'run'}", f"--join_timeout={timeout}"],
+            env=os.environ | {name: value.replace("PORT", port) for name, value in place.items()},
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for place in processes
+    ]
+    for process, message in zip(started, messages, strict=True):
+        _, told = process.communicate(timeout=200)
+        assert process.returncode == 2, told
+        assert told.startswith("error: ") and told.count("\n") == 1 and message in told
+    assert not (tmp_path / "run").exists()

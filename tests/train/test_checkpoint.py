@@ -3,11 +3,13 @@ import os
 import pathlib
 import shutil
 import subprocess
+import weakref
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from cfpp import export
 from cfpp.errors import UserError
@@ -103,6 +105,23 @@ def test_loading_a_model_passes_damage_over_and_changes_nothing(workdir):
     _, params = checkpoint.load_model(workdir)
     shutil.rmtree(workdir / "checkpoints" / "12")
     np.testing.assert_array_equal(params["kernel"], restore(workdir)[0].ema["kernel"])
+
+
+def test_what_was_read_of_a_damaged_checkpoint_is_let_go(tmp_path):
+    """It may fill half of a device's memory."""
+    for step in (1, 2):
+        (tmp_path / str(step)).mkdir()
+    read_before = []
+
+    def read(path):
+        assert all(reference() is None for reference in read_before)
+        array = np.zeros(3)
+        read_before.append(weakref.ref(array))
+        if path.name == "2":
+            raise checkpoint.DamageError("cut off")
+        return array
+
+    assert checkpoint._newest_intact(epath.Path(tmp_path), read)[0] == 1
 
 
 def test_a_half_written_checkpoint_does_not_count(workdir, caplog):
