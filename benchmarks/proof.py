@@ -2,8 +2,8 @@
 
 python -m benchmarks.proof                 # or: --only=solvers,consistency,race,collapse,network
 
-Writes `benchmarks/results/proof.json` and `docs/images/proof_*.png`. What it computes is what
-`tests/proof` asserts, at more points.
+Writes `benchmarks/results/proof.json`, `docs/images/proof_*.png` and the tables of the page. What
+it computes is what `tests/proof` asserts, at more points.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import measuring
 from cfpp import flow
 from cfpp.data import linear_gaussian
 from cfpp.stages import ode
@@ -23,6 +24,7 @@ from tests.proof.experiments import ACTIONS, FRAMES
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "proof.json"
+PAGE = ROOT / "docs" / "proof.md"
 IMAGES = ROOT / "docs" / "images"
 
 WORLD = linear_gaussian.example()
@@ -249,6 +251,99 @@ def draw_collapse(results: dict) -> None:
     out.savefig(IMAGES / "proof_collapse.png")
 
 
+def percent(value: float) -> str:
+    """A share in percent, to what is worth reading of it."""
+    value *= 100
+    digits = ".0f" if value >= 10 else ".1f" if value >= 0.1 else ".1g"
+    return f"{value:{digits}} %"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is words and whose others are numbers."""
+    line = lambda cells: "|".join(["", *(f" {cell} " if cell else " " for cell in cells), "\n"])
+    return line(head) + "|---" + "|---:" * (len(head) - 1) + "|\n" + "".join(map(line, rows))
+
+
+def solvers_table(found: dict) -> str:
+    """Errors by solver and number of steps."""
+    steps = [f"N = {found['steps'][0]}", *map(str, found["steps"][1:])]
+    rows = [[name.capitalize(), *map(percent, row)] for name, row in found["errors"].items()]
+    return table(["", *steps], rows)
+
+
+def consistency_table(found: dict) -> str:
+    """Errors of the map at the best and at the worst of all levels."""
+    names = {
+        "teacher": "from the teacher",
+        "random": "from random weights",
+        "teacher, shared weights": "from the teacher, weights shared between levels",
+    }
+    spread = lambda errors: f"{100 * min(errors):.2f} - {100 * max(errors):.2f} %"
+    pairs = ("all pairs", "without the last")
+    rows = [
+        [text, *(spread(found["errors"][f"{name}, {kind}"]) for kind in pairs)]
+        for name, text in names.items()
+    ]
+    return table(["student", *pairs], rows)
+
+
+def race_table(found: dict) -> str:
+    """Teacher steps to the target by learning rate, and their ratio."""
+    rows = []
+    for levels, each in found["steps"].items():
+        for name in ("cd", "ode"):
+            spent = ["not in 2,400" if row[name] is None else f"{row[name]:,}" for row in each]
+            rows.append([f"{name.upper()}, N = {levels}", *spent])
+        both = ((row["ode"], row["cd"]) for row in each)
+        rows.append(["ratio", *(f"{ode / cd:.3g}" if ode and cd else "" for ode, cd in both)])
+    return table(["rate", *map(str, found["rates"])], rows)
+
+
+def draws_table(found: dict) -> str:
+    """What several draws of a clean pass cost."""
+    rows = []
+    for row in found["draws"]:
+        more = " (four times the draws)" if row["clips"] * row["draws"] > 64 else ""
+        name = f"{row['clips']} x {row['draws']}{more}"
+        rows.append([name, str(row["updates"]), f"{row['clip_passes']:,}"])
+    head = ["clips x draws", "updates to 3 %", "clips passed through a network, clean + noisy"]
+    return table(head, rows)
+
+
+def collapse_table(found: dict) -> str:
+    """How much of each frame's variance regression onto the bidirectional teacher loses."""
+    frames = [f"frame {i}" for i in range(1, FRAMES + 1)]
+    shares = lambda values: [f"{100 * value:.0f} %" for value in values]
+    lost = [each[-1] for each in found["lost"]]
+    rows = [["lost in training, from pure noise", *shares(lost), ""]]
+    for steps, row in found["rollout"].items():
+        name = f"left by a rollout, {steps} step{'s' * (steps != '1')}"
+        rows.append([name, *shares(row["variance"]), f"{row['divergence']:.2f}"])
+    return table(["variance", *frames, "KL(rollout \\|\\| truth), nats"], rows)
+
+
+def network_table(found: dict) -> str:
+    """How far the worst frame of each model is off."""
+    rows = []
+    for name, off in found.items():
+        text = {"teacher, 48 steps": "AR teacher, 48 Euler steps"}.get(name, f"after {name}")
+        text = text.replace("after CD", "after causal CD")
+        rows.append([text, f"{max(off['mean']):.2f}", f"{100 * max(off['covariance']):.1f} %"])
+    return table(["", "mean", "covariance"], rows)
+
+
+def tables(results: dict) -> dict[str, str]:
+    """The tables of the page, by the names of their markers."""
+    return {
+        "solvers": solvers_table(results["solvers"]),
+        "consistency": consistency_table(results["consistency"]),
+        "race": race_table(results["race"]),
+        "draws": draws_table(results["race"]),
+        "collapse": collapse_table(results["collapse"]),
+        "network": network_table(results["network"]),
+    }
+
+
 PARTS = {part.__name__: part for part in (solvers, consistency, race, collapse, network)}
 
 
@@ -267,6 +362,8 @@ def main() -> None:
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     for draw in (draw_consistency, draw_race, draw_collapse):
         draw(results)
+    for name, text in tables(results).items():
+        measuring.write_table(PAGE, name, text)
 
 
 if __name__ == "__main__":

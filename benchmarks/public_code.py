@@ -5,8 +5,8 @@
 
 Needs the test extra (PyTorch, diffusers). Of the clone only the network runs, `CausalWanModel`,
 with random parameters. On a GPU its network is compiled for the rollout, as its demo offers, and
-attends to the cache by PyTorch's own FlashAttention; on a CPU all its attention is PyTorch's own, in
-training by a dense mask. Medians are written to `benchmarks/results/public_code_SIZE_PLATFORM.json`.
+attends to the cache by PyTorch's own FlashAttention; on a CPU all its attention is PyTorch's own,
+in training by a dense mask. Medians go to `benchmarks/results/public_code_SIZE_PLATFORM.json`.
 """
 
 import argparse
@@ -168,10 +168,17 @@ def main() -> None:
 
     del public
     theirs = train(options.checkout, options.turns)
+    # Of the device, or of the whole process, whose most hungry part so far that step was.
+    memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else measuring.peak_gib()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()  # ours needs memory too
-    ours = [rollout.training_step(SIZE, "auto")["seconds"] for _ in range(options.turns)]
-    results["training_step_seconds"] = summary(list(zip(theirs, ours, strict=True)))
+    ours = [rollout.training_step(SIZE, "auto") for _ in range(options.turns)]
+    seconds = [step["seconds"] for step in ours]
+    results["training_step_seconds"] = summary(list(zip(theirs, seconds, strict=True)))
+    results["training_step_gib"] = {
+        "public": memory,
+        "cfpp": ours[0]["state_gib"] + ours[0]["temporary_gib"],
+    }
     print("training step", measuring.rounded(results["training_step_seconds"]))
     measuring.write(name, results)
 

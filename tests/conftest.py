@@ -1,6 +1,9 @@
 """Tests compile many small programs and run each for a moment: compile fast, run slow."""
 
+import importlib.util
 import os
+import pathlib
+import sys
 
 import jax
 
@@ -8,3 +11,13 @@ import jax
 # collectives between processes and simulated warpgroups do, can take the place of these for ever.
 os.environ.setdefault("NPROC", "16")
 jax.config.update("jax_disable_most_optimizations", True)
+
+# The TPU's compiler where `make test` puts it, for a plain `pytest` and the processes that tests
+# start. Whatever finds it there looks for TPUs first, unless it is told not to.
+LIBTPU = pathlib.Path(sys.prefix, "libtpu")
+if LIBTPU.exists() and importlib.util.find_spec("libtpu") is None:
+    sys.path.append(str(LIBTPU))
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (path, str(LIBTPU))))
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])

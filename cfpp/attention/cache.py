@@ -119,7 +119,15 @@ class Cache(flax.struct.PyTreeNode):
         Args:
           frame: int32 `[frames]`; no two may share a slot. Negative frames are not written.
           key, value: `[layers, batch, heads, frames, tokens, head_dim]`.
+
+        Raises:
+          ValueError: there are more frames than slots, or the sink leaves no slot for the ring.
         """
+        if len(frame) > self.slots or self.sink >= self.slots:
+            raise ValueError(
+                f"{len(frame)} frames do not fit into a cache of {self.slots} slots with a sink "
+                f"of {self.sink}"
+            )
         ring = self.sink + (frame - self.sink) % (self.slots - self.sink)
         slot = jnp.where(frame < self.sink, frame, ring)
         slot = jnp.where(frame < 0, self.slots, slot)  # out of range: dropped

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from cfpp.attention.cache import Cached, Quantised
+from cfpp.attention.notice import say_once
 from cfpp.attention.schedule import Mask, StaticMask, plain
 from cfpp.errors import UserError
 from cfpp.parallel import context, mesh
@@ -28,13 +29,13 @@ class Implementation(NamedTuple):
 
     Attributes:
       function: 'module:name' of it; kernels are imported where they are used.
-      platforms: on which it runs: 'cpu', 'gpu', 'tpu'.
+      platforms: on which it runs: 'cpu', 'gpu', 'tpu'; where none is named, on any.
       interpreted: whether it is a kernel that Pallas's interpreter runs on a CPU: slow, for tests.
       cached: whether it can attend to a cache; where not, 'auto' does that part of the work.
     """
 
     function: str
-    platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
+    platforms: tuple[str, ...] = ()
     interpreted: bool = False
     cached: bool = True
 
@@ -48,7 +49,7 @@ IMPLEMENTATIONS = {
     "cudnn": Implementation("library:cudnn", ("gpu",), cached=False),
     "tokamax": Implementation("library:tokamax", cached=False),
 }
-AUTO = {"cpu": "xla", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}
+AUTO = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # elsewhere xla
 
 
 def attend(
@@ -73,6 +74,7 @@ def attend(
     """
     platform = mesh.platform()
     if len(parts) > 1 and name != "auto" and not IMPLEMENTATIONS[name].cached:
+        say_once(f"attention: {name}, and auto where there is a cache, which {name} does not take")
         name = "auto"
     implementation = context.per_device(choose(name, platform))
     results = []
@@ -124,11 +126,11 @@ _attend_layer.defvjp(_attend_layer_forward, _attend_layer_backward)
 def choose(name: str, platform: str) -> Callable:
     """The function that `config.model.attention` means on a platform; says once what it picked."""
     if name == "auto":
-        name = AUTO[platform]
-        logging.info("attention: %s, on %s", name, platform)
+        name = AUTO.get(platform, "xla")
+        say_once(f"attention: auto is {name}, on {platform}")
     implementation = IMPLEMENTATIONS[name]
     interpreted = implementation.interpreted and platform == "cpu"
-    if platform not in implementation.platforms and not interpreted:
+    if implementation.platforms and platform not in implementation.platforms and not interpreted:
         raise UserError(
             f"config.model.attention is {name}, which runs on "
             f"{' and '.join(implementation.platforms)}; this machine has {platform}: use auto"

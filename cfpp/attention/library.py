@@ -11,6 +11,7 @@ a mask; nothing invisible is computed then, at the price of copying the keys of 
 """
 
 import functools
+import importlib.metadata
 from collections.abc import Callable
 
 import einops
@@ -68,20 +69,32 @@ def tokamax(
       implementation: one of tokamax's; None is its best for the device.
 
     Raises:
-      UserError: the package is not installed.
+      UserError: the package is not installed, or its version and JAX's do not go together.
       ValueError: it cannot express this.
     """
     _check("tokamax", mask, layer)
-    try:
-        import tokamax as package
-    except ImportError:
-        raise UserError(
-            "attention by tokamax needs the package: pip install 'cfpp[tokamax]'"
-        ) from None
+    package = _import_tokamax()
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # tokamax would else take the program's arguments for its own
     dense = functools.partial(package.dot_product_attention, implementation=implementation)
     return _by_frames(dense, q, k, v, mask), None
+
+
+def _import_tokamax():
+    """The package, which leans on parts of JAX that change from version to version."""
+    try:
+        import tokamax
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "tokamax":
+            raise UserError(
+                "attention by tokamax needs the package: pip install 'cfpp[tokamax]'"
+            ) from None
+        raise UserError(
+            f"tokamax {importlib.metadata.version('tokamax')} cannot be imported beside JAX "
+            f"{jax.__version__} ({' '.join(str(error).split())}); take another version of one of "
+            "them, or config.model.attention=auto"
+        ) from error
+    return tokamax
 
 
 def splash(

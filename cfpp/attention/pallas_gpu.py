@@ -25,6 +25,7 @@ from jax.experimental.pallas import triton
 
 from cfpp.attention import pallas_hopper
 from cfpp.attention.cache import Cached, Quantised, factors
+from cfpp.attention.notice import say_once
 from cfpp.attention.reference import NOTHING
 from cfpp.attention.schedule import RESIDUAL, Mask, keep_static, plain
 from cfpp.attention.visits import Visits, visits
@@ -349,6 +350,8 @@ def attend(
         raise ValueError(f"Mosaic's kernels take {refusal}")
     if backend is None:
         backend = "mosaic" if _is_hopper() and not refusal else "triton"
+        by = "triton" if isinstance(k, Quantised) else backend
+        say_once(f"attention: pallas_gpu, its kernels for {by.title()}")
     plan = _Plan(tokens, Tile.choose(q.dtype, length, tokens), backend, interpret)
     mask = keep_static(mask)
     if layer is None:

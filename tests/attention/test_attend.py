@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfpp.attention import dispatch, reference, schedule, xla
+from cfpp.attention import dispatch, notice, pallas_gpu, reference, schedule, xla
 from cfpp.attention.pattern import Pattern, teacher_forced_entries
 from cfpp.errors import UserError
+from tests.attention import compare
 from tests.tiny import close
 
 
@@ -48,7 +49,7 @@ def cases(draw):
         sink=draw(st.integers(0, 1)) if window else 0,
     )
     sizes = dict(frames=(1, 7), draws=(0, 2), head_dim=(1, 12))
-    tokens = draw(st.sampled_from([1, 3, 8, 40]))
+    tokens = draw(st.sampled_from([1, 3, 8, 23, 40]))
     return Case(pattern, tokens=tokens, **{n: draw(st.integers(*r)) for n, r in sizes.items()})
 
 
@@ -73,23 +74,26 @@ def test_blockwise_equals_dense(case, blocks, known_when_traced):
     jax.tree.map(close, ours, theirs)
 
 
+@pytest.mark.parametrize("tokens", [4, 23])
+@pytest.mark.parametrize("slots", [5, 6])
+def test_blocks_of_a_cache(tokens, slots):
+    """Blocks that do not divide the cache's frames, or a frame's tokens, show every token once."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+    q = draw(1, 2, 2, tokens, 8)
+    k, v = (draw(3, 1, 2, slots, tokens, 8) for _ in range(2))
+    mask = rng.random((2, slots)) < 0.7
+    arguments = q, k, v, jnp.asarray(mask), jnp.int32(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "LARGEST", 8)
+        patch.setattr(xla, "CACHED", 16)
+        ours = jax.jit(xla.attend)(*arguments)
+    jax.tree.map(close, ours, reference.attend(*arguments))
+
+
 def test_bfloat16_rounds_no_worse_than_dense():
-    """Gradients lie within twice the rounding error of the dense computation in bfloat16."""
-    case = Case(Pattern(), 4, 1, 8, 16)
-    exact = case.arrays()
-    rounded = [x.astype(jnp.bfloat16) for x in exact[:4]] + exact[4:]
-
-    def gradients(attend, q, k, v, d_out, d_logsumexp):
-        _, pullback = jax.vjp(lambda *qkv: attend(*qkv, case.mask), q, k, v)
-        return pullback((d_out, d_logsumexp))
-
-    truth = gradients(reference.attend, *exact)
-    error = lambda attend: [
-        float(jnp.linalg.norm(x.astype(jnp.float32) - y))
-        for x, y in zip(gradients(attend, *rounded), truth, strict=True)
-    ]
-    for ours, dense in zip(error(xla.attend), error(reference.attend), strict=True):
-        assert ours < 2 * dense
+    """Outputs and gradients lie within twice the rounding error of the dense computation."""
+    compare.check(xla.attend, Case(Pattern(), 4, 1, 8, 16).mask, 8, 16, "bfloat16")
 
 
 @pytest.mark.parametrize("name", ["reference", "xla"])
@@ -173,9 +177,48 @@ def test_kernels_run_on_a_cpu_by_the_interpreter():
         close(out, q)
 
 
-def test_what_a_library_cannot_do_is_done_by_auto():
-    """A cache beside splash: the same as by the reference."""
+@pytest.mark.parametrize("name", ["auto", "reference", "xla"])
+def test_other_devices_get_plain_jax(name):
+    plain = reference if name == "reference" else xla
+    assert dispatch.choose(name, "METAL") is plain.attend
+
+
+@pytest.fixture
+def told(capsys):
+    """What attention tells, as if it had told nothing so far."""
+    dispatch.choose.cache_clear()
+    notice.say_once.cache_clear()
+    return lambda: capsys.readouterr().err
+
+
+def test_auto_says_once_what_it_picked(told):
+    q = jnp.ones((1, 1, 2, 3, 4))
+    for _ in range(2):
+        dispatch.attend("auto", q, [(q, q, schedule.keep_static(np.eye(2, dtype=bool)), None)])
+    assert told() == "attention: auto is xla, on cpu\n"
+    for _ in range(2):
+        dispatch.choose("auto", "gpu")
+    assert told() == "attention: auto is pallas_gpu, on gpu\n"
+
+
+@pytest.mark.parametrize(("hopper", "kernels"), [(True, "Mosaic"), (False, "Triton")])
+def test_the_gpu_kernels_say_once_which_they_are(told, monkeypatch, hopper, kernels):
+    monkeypatch.setattr(pallas_gpu, "_is_hopper", lambda: hopper)
+    x = jax.ShapeDtypeStruct((1, 1, 1, 128, 64), jnp.bfloat16)
+    for _ in range(2):
+        attend = lambda *qkv: pallas_gpu.attend(*qkv, np.ones((1, 1), bool))
+        jax.eval_shape(attend, x, x, x)
+    assert told() == f"attention: pallas_gpu, its kernels for {kernels}\n"
+
+
+def test_what_a_library_cannot_do_is_done_by_auto(told):
+    """A cache beside splash: the same as by the reference, and said once."""
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 2, 4, 8))
     own = schedule.keep_static(np.eye(2, dtype=bool))
     parts = [(k, v, own, None), (k[None], v[None], jnp.ones((2, 2), bool), jnp.int32(0))]
-    close(dispatch.attend("splash", q, parts), dispatch.attend("reference", q, parts))
+    for _ in range(2):
+        close(dispatch.attend("splash", q, parts), dispatch.attend("reference", q, parts))
+    assert told().splitlines() == [
+        "attention: splash, and auto where there is a cache, which splash does not take",
+        "attention: auto is xla, on cpu",
+    ]

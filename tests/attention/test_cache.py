@@ -101,6 +101,14 @@ def test_frames_are_rounded_as_they_are_written(dtype):
             jax.tree.map(np.testing.assert_array_equal, kept, new)
 
 
+@pytest.mark.parametrize(("sink", "frames"), [(0, 4), (3, 1)])
+def test_frames_that_do_not_fit(sink, frames):
+    cache, new = Cache.empty((1, 1, 1, 3, 2, 4), "float32", sink), jnp.ones((1, 1, 1, frames, 2, 4))
+    message = f"{frames} frames do not fit into a cache of 3 slots with a sink of {sink}"
+    with pytest.raises(ValueError, match=message):
+        cache.write(jnp.arange(frames), new, new)
+
+
 def test_no_gradient_through_a_quantised_cache():
     q = jnp.ones((1, 1, 1, 2, 4))
     held = Quantised.of(q[None], "int8")

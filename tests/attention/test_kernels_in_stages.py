@@ -2,10 +2,14 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cfpp import stages
-from tests import test_stages
+from cfpp.attention.pattern import Pattern
+from cfpp.rollout.generate import Rollout, consistency
+from tests import test_stages, tiny
 
 
 @pytest.mark.parametrize("name", ["ar_diffusion", "dmd"])
@@ -27,3 +31,25 @@ def test_a_step_by_the_tpu_kernels(name):
     expected, ours = found
     for key in expected:
         assert ours[key] == pytest.approx(expected[key], rel=2e-5), key
+
+
+def rolled_out(attention: str, frames: int = 7) -> jax.Array:
+    """Frames after one that is given, of a window of 4 with a sink: 3 slots come round twice."""
+    net = tiny.network(Pattern(window=4, sink=1), attention=attention)
+    rollout = Rollout(net, consistency(2, 3.0))
+    noise, later = tiny.noise_table(net, frames + 1, 2), {"actions": tiny.actions(frames)}
+    rows = np.ones(frames, int)
+    levels = jnp.asarray(rollout.sampler.sigmas)[rows], jnp.asarray(rollout.sampler.last)[rows]
+
+    @jax.jit
+    def run(params):
+        stream = rollout.start(params, tiny.latents(net, 1), {"actions": tiny.actions(1)})
+        return rollout.unroll(params, stream, later, frames, noise, *levels)[1].x0
+
+    return run(tiny.params(net))
+
+
+def test_a_rollout_past_the_rings_first_round():
+    expected = rolled_out("reference")
+    for name in ("pallas_tpu", "pallas_gpu"):
+        tiny.close(rolled_out(name), expected)

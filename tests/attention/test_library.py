@@ -3,6 +3,7 @@
 import functools
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,6 +41,20 @@ def test_tokamax_is_missing(monkeypatch):
     (q, k, v), _ = compare.inputs(TEACHER_FORCED, 3, 8)
     with pytest.raises(UserError, match=r"pip install 'cfpp\[tokamax\]'"):
         library.tokamax(q, k, v, TEACHER_FORCED)
+
+
+def test_tokamax_does_not_go_with_this_jax(monkeypatch, tmp_path):
+    """One line with both versions, whatever the package stumbles over when it is imported."""
+    (tmp_path / "tokamax.py").write_text("import jax\njax.experimental.nowhere.Nothing")
+    (tmp_path / "tokamax-9.8.dist-info").mkdir()
+    (tmp_path / "tokamax-9.8.dist-info" / "METADATA").write_text("Name: tokamax\nVersion: 9.8\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tokamax", raising=False)
+    (q, k, v), _ = compare.inputs(TEACHER_FORCED, 3, 8)
+    message = rf"tokamax 9\.8 cannot be imported beside JAX {jax.__version__} \(.*'nowhere'"
+    with pytest.raises(UserError, match=message) as error:
+        library.tokamax(q, k, v, TEACHER_FORCED)
+    assert "\n" not in str(error.value)
 
 
 def test_splash():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfpp.attention import pallas_gpu
+from cfpp.attention.cache import Cache
 from cfpp.attention.pattern import Pattern, teacher_forced_entries
 from tests.attention import compare
 
@@ -58,20 +59,31 @@ def cuda_kernels(function, *shapes) -> int:
     return count
 
 
-@pytest.mark.parametrize("heads", [12, 40])
-def test_lowers_for_cuda_at_wan_shapes(heads):
-    mask = teacher_forced(21)
-    x = jax.ShapeDtypeStruct((1, heads, 42, 1560, 128), jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("heads", "frames", "tokens", "head_dim"),
+    [
+        (12, 21, 1560, 128),  # Wan 2.1 1.3B
+        (40, 21, 1560, 128),  # 14B
+        (2, 3, 20, 24),  # frames smaller than a block, heads of other sizes
+        (2, 3, 256, 64),
+        (2, 3, 256, 80),
+        (2, 3, 200, 96),
+    ],
+)
+def test_lowers_for_cuda(heads, frames, tokens, head_dim):
+    mask = teacher_forced(frames)
+    x = jax.ShapeDtypeStruct((1, heads, 2 * frames, tokens, head_dim), jnp.bfloat16)
     attend = lambda q, k, v: pallas_gpu.attend(q, k, v, mask)
     total = lambda *qkv: sum(jnp.sum(x.astype(jnp.float32)) for x in attend(*qkv))
     assert cuda_kernels(attend, x, x, x) == 1
     assert cuda_kernels(jax.grad(total, (0, 1, 2)), x, x, x) == 3
 
 
-def test_lowers_for_cuda_against_a_cache():
-    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
-    cache = shape(30, 1, 12, 21, 1560, 128)
+@pytest.mark.parametrize("head_dim", [24, 64, 96, 128])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+def test_lowers_for_cuda_against_a_cache(dtype, head_dim):
+    cache = jax.eval_shape(lambda: Cache.empty((30, 1, 12, 21, 1560, head_dim), dtype).key)
     assert cuda_kernels(
-        pallas_gpu.attend, shape(1, 12, 2, 1560, 128), cache, cache,
-        jax.ShapeDtypeStruct((2, 21), bool), jax.ShapeDtypeStruct((), jnp.int32),
+        pallas_gpu.attend, jax.ShapeDtypeStruct((1, 12, 2, 1560, head_dim), jnp.bfloat16),
+        cache, cache, jax.ShapeDtypeStruct((2, 21), bool), jax.ShapeDtypeStruct((), jnp.int32),
     ) == 1  # fmt: skip

@@ -78,6 +78,9 @@ def gradients(mask):
         ("v5p:2x2x1", 40, 21, 1560, 128),  # 14B
         ("tpu7x:2x2x1", 40, 21, 1560, 128),
         ("v5e:2x2", 8, 4, 24, 24),  # several frames a block, masked inside
+        ("v6e:2x2", 8, 4, 256, 64),  # heads of other sizes
+        ("v5p:2x2x1", 8, 4, 40, 80),
+        ("tpu7x:2x2x1", 8, 4, 40, 96),
         ("v5e:2x2", 8, 4, 3607, 128),  # blocks that do not fill a frame
     ],
 )
@@ -91,9 +94,9 @@ def test_training_compiles(name, heads, frames, tokens, head_dim):
 
 
 @pytest.mark.parametrize(
-    ("name", "heads", "queries", "tokens", "dtype"),
+    ("name", "heads", "queries", "tokens", "head_dim", "dtype"),
     [
-        (*case, 1560, dtype)
+        (*case, 1560, 128, dtype)
         for case in [
             ("v5e:2x2", 12, 2),
             ("v5p:2x2x1", 40, 1),
@@ -102,17 +105,22 @@ def test_training_compiles(name, heads, frames, tokens, head_dim):
         ]
         for dtype in ("bfloat16", "int8", "float8_e4m3fn")
     ]
-    + [("v5e:2x2", 12, 1, 3607, "int8")],
+    + [
+        ("v5e:2x2", 12, 1, 3607, 128, "int8"),
+        ("v5e:2x2", 8, 1, 256, 64, "int8"),
+        ("v6e:2x2", 8, 1, 256, 96, "float8_e4m3fn"),
+        ("v5p:2x2x1", 8, 2, 256, 24, "bfloat16"),
+    ],
 )
-def test_attention_to_a_cache_compiles(name, heads, queries, tokens, dtype):
+def test_attention_to_a_cache_compiles(name, heads, queries, tokens, head_dim, dtype):
     """Against 21 slots, of which those that are filled are known at run time."""
-    shape = 30, 1, heads, 21, tokens, 128
+    shape = 30, 1, heads, 21, tokens, head_dim
     cache = jax.tree.map(
         lambda x: (x.shape, x.dtype, STACKED_HEADS),
         jax.eval_shape(lambda: Cache.empty(shape, dtype).key),
     )
     arguments = [
-        ((1, heads, queries, tokens, 128), jnp.bfloat16, HEADS), cache, cache,
+        ((1, heads, queries, tokens, head_dim), jnp.bfloat16, HEADS), cache, cache,
         ((queries, 21), bool, EVERYWHERE), ((), jnp.int32, EVERYWHERE),
     ]  # fmt: skip
     found = kernels(name, pallas_tpu.attend, arguments, (HEADS, HEADS))
