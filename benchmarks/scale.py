@@ -1,10 +1,12 @@
 """Compiles the training steps of Wan 2.1 1.3B for TPU slices and records what they take.
 
 python benchmarks/scale.py            # what is missing in results/scale.json, then docs/scale.md
+python benchmarks/scale.py --slices v5e:2x2 v6e:2x2 --stages 1 2    # only these
 python benchmarks/scale.py --table    # only the tables
 python benchmarks/scale.py --replay   # only stage 3's gradient, replayed and unrolled
 
-Every row is one `cfpp.aot`; it takes a minute or several on one core, and is kept when it is done.
+Every row is one `cfpp.aot`; it takes a minute or several on one core, and is kept when it is done,
+as long as training gives the compiler the same options.
 """
 
 import argparse
@@ -27,12 +29,15 @@ from cfpp.attention.pattern import Pattern
 from cfpp.parallel import mesh
 from cfpp.rollout.generate import Rollout, consistency
 from cfpp.stages import dmd
+from cfpp.train import program
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/scale.json"
 PAGE = ROOT / "docs/scale.md"
 REPLAY = ROOT / "benchmarks/results/scale_replay.json"
+
+FRAMES = 21  # of a clip
 
 STAGES = {
     "1": ("stage1", "wan_1_3b"),
@@ -51,9 +56,15 @@ SLICES = {
     "v5p:2x2x2": (8, "fsdp=8"),
     "v5p:2x2x1": (4, "fsdp=4"),
     "v6e:4x4": (8, "fsdp=8,context=2"),
+    "v6e:2x4": (2, "fsdp=2,context=4"),
+    "v6e:2x2": (1, "context=4"),
     "v5e:4x4": (4, "fsdp=4,context=4"),
+    "v5e:2x4": (2, "fsdp=2,context=4"),
+    "v5e:2x2": (1, "context=4"),
     "v5e:8x8": (16, "fsdp=16,context=4"),
 }
+
+OPTIONS = program.COMPILER_OPTIONS["tpu"]
 
 
 def compile_row(stage: str, topology: str) -> dict:
@@ -69,6 +80,7 @@ def compile_row(stage: str, topology: str) -> dict:
         "topology": topology,
         "batch": batch,
         "date": datetime.date.today().isoformat(),
+        "options": OPTIONS,
         **report,
     }
 
@@ -97,13 +109,53 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def by_hand(row: dict) -> tuple[float, float]:
+    """Bytes that a device receives for one layer of stage 1: of tokens, and of parameters.
+
+    Twelve all-to-alls of the tokens: q, k, v and the output of attention, forward, once more for
+    the backward pass, and backward. A block's matrices are gathered twice and their gradients
+    reduced once; those of the text's keys and values, which no pass computes anew, gathered once.
+    All in bfloat16.
+    """
+    model = importlib.import_module("configs.stage1").get_config("wan_1_3b").model
+    fsdp, context = row["mesh"]["fsdp"], row["mesh"]["context"]
+    ways, clips = fsdp * context, row["batch"] / fsdp
+    tokens = (model.height // model.patch) * (model.width // model.patch) / context
+    part = 2 * clips * 2 * FRAMES * tokens * model.dim
+    block = 6 * model.dim**2 + 2 * model.dim * model.ffn_dim
+    matrices = 2 * (3 * block + 2 * 2 * model.dim**2)
+    return 12 * part * (context - 1) / context, matrices * (ways - 1) / ways
+
+
+def exchange_table(rows: list[dict]) -> str:
+    """What is exchanged for a layer of stage 1, by hand and as compiled."""
+    lines = [
+        "| slice | tokens, MiB | parameters, MiB | by hand | compiled | ratio | options |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    layers = importlib.import_module("configs.stage1").get_config("wan_1_3b").model.layers
+    rows = [row for row in rows if row["stage"] == "1" and row["fits"]]
+    for row in sorted(rows, key=lambda row: list(SLICES).index(row["topology"])):
+        tokens, parameters = (nbytes / 2**20 for nbytes in by_hand(row))
+        found = sum(c["received"] * c["times"] for c in row["collectives"]) / layers / 2**20
+        cells = [f"{number:.0f}" for number in (tokens, parameters, tokens + parameters, found)]
+        cells += [f"{found / (tokens + parameters):.2f}", "yes" if is_current(row) else "no"]
+        lines.append("| " + " | ".join([row["topology"], *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def is_current(row: dict) -> bool:
+    """Whether a row was compiled with the options that training gives the compiler."""
+    return row.get("options") == OPTIONS
+
+
 def replay_row(chunk: int) -> dict:
     """Temporaries of stage 3's gradient over 21 frames, generated `chunk` at a time, on the CPU.
 
     Replayed, and by differentiating the loop that generates: the same gradient. The network is
     small, 4 layers of width 64 with 64 tokens a frame; every chunk is denoised in one step.
     """
-    frames = 21
+    frames = FRAMES
     sizes = dict(height=32, width=32, dim=64, ffn_dim=256, heads=4, layers=4, num_actions=0)
     net = tiny.network(Pattern(chunk=chunk), remat="full", **sizes)
     params, x = tiny.params(net), tiny.latents(net, frames, 1)
@@ -148,6 +200,8 @@ def replay_table(rows: list[dict]) -> str:
 def main() -> None:
     """Reads the command line, compiles what is missing and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--slices", nargs="+", choices=SLICES, default=list(SLICES))
     parser.add_argument("--table", action="store_true", help="compile nothing")
     parser.add_argument("--replay", action="store_true", help="compile only stage 3's gradient")
     options = parser.parse_args()
@@ -156,15 +210,18 @@ def main() -> None:
     if not replay_rows and not options.table:
         replay_rows = [replay_row(chunk) for chunk in (7, 1)]
         REPLAY.write_text(json.dumps(replay_rows, indent=1) + "\n")
-    for topology in () if options.table or options.replay else SLICES:
-        for stage in STAGES:
-            if any((row["stage"], row["topology"]) == (stage, topology) for row in rows):
+    for topology in () if options.table or options.replay else options.slices:
+        for stage in options.stages:
+            here = [row for row in rows if (row["stage"], row["topology"]) == (stage, topology)]
+            if any(map(is_current, here)):
                 continue
-            rows.append(compile_row(stage, topology))
+            new = compile_row(stage, topology)
+            rows = [row for row in rows if row not in here] + [new]
             RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
             measuring.write_table(PAGE, "slices", table(rows))
             print(table(rows[-1:]), flush=True)
     measuring.write_table(PAGE, "slices", table(rows))
+    measuring.write_table(PAGE, "exchanged", exchange_table(rows))
     measuring.write_table(PAGE, "replay", replay_table(replay_rows))
 
 

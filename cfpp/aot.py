@@ -7,14 +7,17 @@ python -m cfpp.aot --config=configs/stage1.py:wan_1_3b --topology=v5p:4x4x4 --sw
 It is the step that training runs, compiled by the TPU's own compiler (`pip install 'cfpp[tpu]'`) on
 any machine; nothing is executed and no data or parent model is needed. Per device it tells memory
 against the chip's, arithmetic and communication, and the least time that these take at the chip's
-nominal rates. `--sweep` compiles every mesh that the model divides over, and ranks them.
+nominal rates. `--sweep` compiles every mesh that the models divide over, and ranks them; it tries
+`data` up to 2 and `tensor` up to 4.
 
 Operations count matrix products and kernels, recomputation included; loops whose length is random,
 which leave stage 3's denoising early, count as one turn.
 """
 
 import dataclasses
+import itertools
 import json
+import os
 import re
 import sys
 import time
@@ -41,10 +44,10 @@ from cfpp.train import loop, program  # noqa: E402
 
 flags.DEFINE_string("topology", None, "The slice, such as v5p:4x4x4 or v5e:16x16.")
 flags.DEFINE_string("mesh", None, "Sizes as fsdp=16,context=4; otherwise those of the config.")
-flags.DEFINE_string("json", None, "A file to write the figures to.")
+flags.DEFINE_string("json", None, "A file to write the figures to, anew after every mesh.")
 flags.DEFINE_bool("sweep", False, "Compile every mesh and rank them.")
 
-LARGEST_TENSOR = 4  # tried by a sweep
+LARGEST = {"data": 2, "tensor": 4}  # tried by a sweep
 ROWS = 8  # of collectives and buffers printed
 
 Config = ml_collections.ConfigDict
@@ -56,13 +59,15 @@ class Report:
 
     Attributes:
       mesh: sizes by axis.
-      fits: whether the compiler found room for it; without room, only `peak` is known besides
-        `largest`.
       memory: the chip's.
+      fits: whether the compiler found room for it; without room, only `peak` is known besides
+        `largest` or `traced`.
+      error: why the step could not be compiled at all, which leaves all else unknown.
       arguments: state and batch. The state is donated: the new one takes its place.
       temporaries: all else that lives at the same time.
       peak: the sum, with the program itself.
       largest: where it does not fit, the largest buffers, as the compiler tells them.
+      traced: where it does not tell them, the largest arrays of the program before compilation.
       flops: operations of a step.
       compute_seconds, communication_seconds: the least time for these at the nominal rates.
       collectives: what is exchanged, largest first.
@@ -70,17 +75,19 @@ class Report:
     """
 
     mesh: dict[str, int]
-    fits: bool
     memory: float
-    peak: float
-    flops: float
-    compute_seconds: float
-    compile_seconds: float
+    fits: bool = False
+    error: str = ""
+    peak: float = 0.0
+    flops: float = 0.0
+    compute_seconds: float = 0.0
+    compile_seconds: float = 0.0
     arguments: float = 0.0
     temporaries: float = 0.0
     communication_seconds: float = 0.0
     collectives: tuple[compiled.Collective, ...] = ()
     largest: tuple[str, ...] = ()
+    traced: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -126,9 +133,16 @@ def compile_step(config: Config, name: str) -> Report:
     except jax.errors.JaxRuntimeError as error:
         if "hbm" not in str(error).lower():
             raise
-        peak, largest = _exhausted(str(error), chip.memory)
         seconds = time.perf_counter() - begin
-        return Report(**figures, fits=False, peak=peak, largest=largest, compile_seconds=seconds)
+        peak, largest = _exhausted(str(error), chip.memory)
+        arrays = () if largest else compiled.arrays(traced.jaxpr.jaxpr, len(devices))[:ROWS]
+        return Report(
+            **figures,
+            peak=peak,
+            largest=largest,
+            traced=tuple(map(_described, arrays)),
+            compile_seconds=seconds,
+        )
     seconds = time.perf_counter() - begin
     memory = step.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -148,7 +162,10 @@ def compile_step(config: Config, name: str) -> Report:
 
 
 def _exhausted(message: str, memory: float) -> tuple[float, tuple[str, ...]]:
-    """The bytes that a step would take, and its largest buffers, from the compiler's refusal."""
+    """The bytes that a step would take, and its largest buffers, from the compiler's refusal.
+
+    Where it sees early that there is no room, it tells no buffers.
+    """
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
     used = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)", message)
     peak = float(used.group(1)) * units[used.group(2)] if used else memory
@@ -163,16 +180,27 @@ def _exhausted(message: str, memory: float) -> tuple[float, tuple[str, ...]]:
     return peak, tuple(rows)
 
 
-def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
-    """The meshes over which a stage divides, clips over fsdp alone."""
-    model = config.model
-    tokens = (model.height // model.patch) * (model.width // model.patch)
-    for tensor in range(1, LARGEST_TENSOR + 1):
-        for context in range(1, devices + 1):
-            fsdp, left = divmod(devices, tensor * context)
-            fits = not (left or model.heads % tensor or tokens % context)
-            if fits and fsdp and config.batch_size % (fsdp * config.accumulate) == 0:
-                yield {"data": 1, "fsdp": fsdp, "context": context, "tensor": tensor}
+def _described(array: compiled.Array) -> str:
+    times = f"{array.count} x " if array.count > 1 else ""
+    return f"{times}{_gib(array.nbytes)} {array.shape} {array.origin}"
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def meshes(config: Config, stage: stages.Stage, devices: int) -> Iterator[dict[str, int]]:
+    """The meshes over which a stage and its parents divide, up to the `LARGEST` sizes."""
+    models = [mesh.divided(model) for model in (config.model, *stage.parent_models.values())]
+    divides = lambda axis, ways: not any(model[axis][0] % ways for model in models)
+    tensors = [size for size in range(1, LARGEST["tensor"] + 1) if divides("tensor", size)]
+    contexts = [size for size in range(1, devices + 1) if divides("context", size)]
+    repeats = range(1, LARGEST["data"] + 1)
+    for tensor, context, data in itertools.product(tensors, contexts, repeats):
+        fsdp, left = divmod(devices, tensor * context * data)
+        if left or not fsdp or config.batch_size % (data * fsdp * config.accumulate):
+            continue
+        yield {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
 
 
 def advice(config: Config, report: Report) -> str:
@@ -181,9 +209,11 @@ def advice(config: Config, report: Report) -> str:
     if config.model.remat == "none":
         options.append("--config.model.remat=full")
     ways = report.mesh["data"] * report.mesh["fsdp"]
-    if config.batch_size > ways:
+    clips = config.batch_size // (ways * config.accumulate)
+    if clips > 1:
         options.append(
-            f"a smaller --config.batch_size (each device has {config.batch_size // ways})"
+            f"up to --config.accumulate={config.batch_size // ways}, parts of the batch one after "
+            f"another, or a smaller --config.batch_size (each device has {clips} clips at once)"
         )
     options.append("a larger context in --mesh, or more chips")
     return "; ".join(options)
@@ -191,18 +221,20 @@ def advice(config: Config, report: Report) -> str:
 
 def show(report: Report) -> str:
     """A report as text."""
-    size = lambda count: f"{count / 2**30:.2f} GiB"
     sizes = ", ".join(f"{axis}={size}" for axis, size in report.mesh.items())
-    share = f"{report.peak / report.memory:.0%} of {size(report.memory)}"
+    if report.error:
+        return f"mesh {sizes}: cannot be compiled: {report.error}"
+    share = f"{report.peak / report.memory:.0%} of {_gib(report.memory)}"
     lines = [f"mesh {sizes}: " + ("fits" if report.fits else "does not fit")]
     if not report.fits:
-        buffers = "; largest buffers:" if report.largest else ""
-        lines.append(f"  memory         {size(report.peak)} needed, {share}{buffers}")
-        lines += [f"                 {row}" for row in report.largest]
+        told = "largest arrays before compilation, of each device if all divide them"
+        what = "largest buffers" if report.largest else told
+        lines.append(f"  memory         {_gib(report.peak)} needed, {share}; {what}:")
+        lines += [f"                 {row}" for row in report.largest or report.traced]
     else:
         lines.append(
-            f"  memory         arguments {size(report.arguments)}, temporaries "
-            f"{size(report.temporaries)}, peak {size(report.peak)}: {share}"
+            f"  memory         arguments {_gib(report.arguments)}, temporaries "
+            f"{_gib(report.temporaries)}, peak {_gib(report.peak)}: {share}"
         )
     lines.append(
         f"  arithmetic     {report.flops / 1e12:.1f} TFLOP: at least {report.compute_seconds:.2f} s"
@@ -210,12 +242,12 @@ def show(report: Report) -> str:
     if report.fits:
         total = sum(row.received * row.times for row in report.collectives)
         lines.append(
-            f"  communication  {size(total)}: at least {report.communication_seconds:.2f} s"
+            f"  communication  {_gib(total)}: at least {report.communication_seconds:.2f} s"
         )
         for row in report.collectives[:ROWS]:
             shape, *more = row.shape.split("+")
             lines.append(
-                f"    {size(row.received * row.times):>11} = {row.times:5} x "
+                f"    {_gib(row.received * row.times):>11} = {row.times:5} x "
                 f"{row.received / 2**20:.2f} MiB, {row.kind} over {' and '.join(row.axes)}, {shape}"
                 + (f" and {len(more)} more" if more else "")
             )
@@ -225,10 +257,14 @@ def show(report: Report) -> str:
 
 def rank(reports: list[Report]) -> str:
     """A table of the meshes of a sweep, the fastest that fits first."""
-    ordered = sorted(reports, key=lambda report: (not report.fits, report.seconds, report.peak))
+    order = lambda report: (not report.fits, report.error, report.seconds, report.peak)
+    ordered = sorted(reports, key=order)
     lines = ["| mesh | peak, of memory | arithmetic, s | communication, s |", "|---|---|---|---|"]
     for report in ordered:
         sizes = ", ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1)
+        if report.error:
+            lines.append(f"| {sizes} | cannot be compiled | | |")
+            continue
         share = f"{report.peak / report.memory:.0%}" + ("" if report.fits else ", does not fit")
         talk = f"{report.communication_seconds:.2f}" if report.fits else ""
         lines.append(f"| {sizes} | {share} | {report.compute_seconds:.2f} | {talk} |")
@@ -239,35 +275,65 @@ def run(config: Config, name: str, sizes: str | None, sweep: bool, out: str | No
     """Compiles and prints what the flags ask for.
 
     Raises:
-      UserError: the configuration, the topology or the mesh cannot be.
+      UserError: the configuration, the topology, the mesh or the file cannot be.
     """
     if "jobs" in config:
         raise UserError(f"--config has several jobs, {', '.join(config.jobs)}; give one stage's")
     config = config.copy_and_resolve_references()
+    stage = loop.build_stage(config)
     devices = topology.devices(name)
     print(f"{config.stage} on {name}, {len(devices)} devices")
-    tried = [dict(config.mesh)]
-    if sizes:
-        tried = [mesh.sizes(sizes)]
+    tried = [mesh.sizes(sizes) if sizes else dict(config.mesh)]
     if sweep:
-        tried = list(meshes(config, len(devices)))
+        tried = list(meshes(config, stage, len(devices)))
         if not tried:
             raise UserError(
                 f"no mesh of {len(devices)} chips divides config.batch_size {config.batch_size} by "
-                "fsdp and the model by context and tensor"
+                "data and fsdp and the models by context and tensor"
             )
     reports = []
     for config.mesh in tried:
-        reports.append(compile_step(config, name))
-        print(show(reports[-1]), flush=True)
-        if not reports[-1].fits:
-            print(f"  to change      {advice(config, reports[-1])}")
+        try:
+            report = compile_step(config, name)
+        except Exception as error:
+            if not sweep:
+                raise
+            # One mesh must not lose what the others took hours for.
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            report = Report(dict(config.mesh), topology.chip(name).memory, error=line)
+        reports.append(report)
+        print(show(report), flush=True)
+        if not report.fits and not report.error:
+            print(f"  to change      {advice(config, report)}")
+        if out:
+            _write(out, reports)
     if sweep:
         print("\n" + rank(reports))
-    if out:
-        with open(out, "w") as file:
-            json.dump([dataclasses.asdict(report) for report in reports], file, indent=1)
-            file.write("\n")
+
+
+def _write(path: str, reports: list[Report]) -> None:
+    """Writes reports so that at any time the file has those of before or these."""
+    with open(f"{path}.tmp", "w") as file:
+        json.dump([dataclasses.asdict(report) for report in reports], file, indent=1)
+        file.write("\n")
+    os.replace(f"{path}.tmp", path)
+
+
+def check_writable(path: str) -> None:
+    """Checks that a file can be written, and leaves it as it is.
+
+    Raises:
+      UserError: it cannot.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"--json={path}: this is a folder; give a file in it")
+    try:
+        open(f"{path}.tmp", "w").close()
+        os.remove(f"{path}.tmp")
+    except OSError as error:
+        raise UserError(
+            f"--json={path}: {error.strerror}; give a file in a folder that is there"
+        ) from error
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -280,6 +346,12 @@ def parse(argv: list[str]) -> list[str]:
     if not flags.FLAGS.topology:
         raise UserError("--topology is missing; give a slice such as v5p:4x4x4 or v5e:16x16")
     topology.chip(flags.FLAGS.topology)
+    if flags.FLAGS.mesh and flags.FLAGS.sweep:
+        raise UserError("--mesh names one mesh and --sweep tries all; give one of the two")
+    if flags.FLAGS.mesh:
+        mesh.sizes(flags.FLAGS.mesh)
+    if flags.FLAGS.json:
+        check_writable(flags.FLAGS.json)
     return left_over
 
 

@@ -12,7 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,8 @@ BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
+
+KEPT = ("dot_general", "conv_general_dilated", "pallas_call", "scan", "while")  # see `arrays`
 
 
 def flops(jaxpr: core.Jaxpr) -> float:
@@ -57,6 +59,52 @@ def _equation_flops(equation: Any) -> float:
     if name == "shard_map":
         times = params["mesh"].size
     return times * sum(inner)
+
+
+class Array(NamedTuple):
+    """Arrays of a program, as it is before it is compiled.
+
+    Attributes:
+      nbytes: that each device holds of one of them, at least: all devices may not divide it.
+      shape: of the whole, or in the body of a `shard_map` of a device's part.
+      origin: what makes it.
+      count: how many alike are made at once.
+    """
+
+    nbytes: float
+    shape: str
+    origin: str
+    count: int
+
+
+def arrays(jaxpr: core.Jaxpr, devices: int) -> list[Array]:
+    """What a program keeps in memory whatever the compiler joins, largest together first.
+
+    That is what matrix products, convolutions, kernels and loops give out, the last with all that
+    they stack up for a backward pass. What is computed from it number by number need not be kept.
+
+    Args:
+      jaxpr: of the whole program.
+      devices: that it runs on.
+    """
+    rows = dict.fromkeys(_arrays(jaxpr, devices))
+    return sorted(rows, key=lambda array: -array.nbytes * array.count)
+
+
+def _arrays(jaxpr: core.Jaxpr, devices: int) -> Iterator[Array]:
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in KEPT:
+            made = collections.Counter(variable.aval for variable in equation.outvars)
+            origin = f"{equation.source_info.name_stack}/{name}".removeprefix("/")
+            for aval, count in made.items():
+                if hasattr(aval, "dtype"):
+                    nbytes = aval.size * aval.dtype.itemsize / devices
+                    shape = aval.str_short(short_dtypes=True).partition("{")[0]
+                    yield Array(nbytes, shape, origin, count)
+        if name != "pallas_call":
+            for inner in _inner(equation.params):
+                yield from _arrays(inner, 1 if name == "shard_map" else devices)
 
 
 def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:

@@ -90,23 +90,31 @@ def sizes(text: str) -> dict[str, int]:
     return found
 
 
-def check(mesh: Mesh, model: ml_collections.ConfigDict) -> None:
+def check(mesh: Mesh, model: ml_collections.ConfigDict, name: str = "config.model") -> None:
     """Checks that a transformer's tokens and heads divide over a mesh.
+
+    Args:
+      mesh: where it will run.
+      model: its attributes.
+      name: what the message calls it.
 
     Raises:
       UserError: they do not.
     """
-    if "heads" not in model:
-        return
-    tokens = (model.height // model.patch) * (model.width // model.patch)
-    for axis, size, what in (
-        ("context", tokens, "tokens of a frame"),
-        ("tensor", model.heads, "heads"),
-    ):
+    for axis, (size, what) in divided(model).items():
         if size % mesh.shape[axis]:
             raise UserError(
-                f"config.mesh.{axis} is {mesh.shape[axis]}; it must divide the {size} {what}"
+                f"config.mesh.{axis} is {mesh.shape[axis]}; it must divide the {size} {what} "
+                f"of {name}"
             )
+
+
+def divided(model: ml_collections.ConfigDict) -> dict[str, tuple[int, str]]:
+    """How many of what the context and the tensor axis divide, of a transformer."""
+    if "heads" not in model:
+        return {}
+    tokens = (model.height // model.patch) * (model.width // model.patch)
+    return {"context": (tokens, "tokens of a frame"), "tensor": (model.heads, "heads")}
 
 
 def batch_sharding(mesh: Mesh, batch_size: int, accumulate: int = 1) -> NamedSharding:

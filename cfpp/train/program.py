@@ -16,6 +16,16 @@ from cfpp.parallel import mesh
 
 INIT = 2**32 - 1  # folded into the run's key for the first state; no step has this number
 
+# By platform. Left alone, the TPU's compiler gathers parameters over large slices by all-reduce:
+# twice the bytes, and nothing else runs meanwhile. It takes all three to keep it from that.
+COMPILER_OPTIONS = {
+    "tpu": {
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_prefer_async_allgather_to_allreduce": True,
+    }
+}
+
 
 class Program(NamedTuple):
     """A stage on a mesh.
@@ -23,6 +33,7 @@ class Program(NamedTuple):
     Attributes:
       state: its state as `jax.ShapeDtypeStruct`s with shardings.
       batch: the sharding of its batches.
+      parents: the shardings of its parents' parameters by role.
       init: jitted, parents by role -> the first state.
       step: jitted, (state, batch) -> (state, metrics); the given state is donated. Its randomness
         is a function of the run's seed and `state.step`.
@@ -30,6 +41,7 @@ class Program(NamedTuple):
 
     state: Any
     batch: NamedSharding
+    parents: dict[str, Any]
     init: Callable
     step: Callable
 
@@ -52,6 +64,8 @@ def create(
       UserError: a parent does not fit, or the batch or the model do not divide over the mesh.
     """
     mesh.check(device_mesh, config.model)
+    for role, model in stage.parent_models.items():
+        mesh.check(device_mesh, model, f"the model of config.init_from.{role}")
     batch_sharding = mesh.batch_sharding(device_mesh, config.batch_size, config.accumulate)
     key = jax.random.key(config.seed)
 
@@ -64,15 +78,29 @@ def create(
 
     boxed = jax.eval_shape(init, parents)
     shardings = mesh.state_shardings(boxed, device_mesh)
+    state = jax.tree.map(
+        lambda leaf, sharding: leaf.update(sharding=sharding), nn.meta.unbox(boxed), shardings
+    )
     return Program(
-        jax.tree.map(
-            lambda leaf, sharding: leaf.update(sharding=sharding), nn.meta.unbox(boxed), shardings
-        ),
+        state,
         batch_sharding,
+        {role: _as_in_state(parent, state) for role, parent in parents.items()},
         jax.jit(lambda parents: nn.meta.unbox(init(parents)), out_shardings=shardings),
         jax.jit(
             step,
             out_shardings=(shardings, NamedSharding(device_mesh, PartitionSpec())),
             donate_argnums=0,
+            compiler_options=COMPILER_OPTIONS.get(device_mesh.devices.flat[0].platform),
         ),
     )
+
+
+def _as_in_state(parent: Any, state: stages.State) -> Any:
+    """The shardings of a parent's parameters: those of the network that it becomes in the state.
+
+    Networks of the same shapes are laid out alike, so any of them will do.
+    """
+    sizes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
+    networks = (*state.params.values(), *state.frozen.values())
+    network = next(tree for tree in networks if sizes(tree) == sizes(parent))
+    return jax.tree.map(lambda x: x.sharding, network)

@@ -1,5 +1,9 @@
 """Reading programs: against hand counts of programs that are written here."""
 
+import importlib.util
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +97,73 @@ def test_collectives():
     assert [(row.kind, row.received, row.times) for row in beside] == [
         ("all-gather", 0.75 * 64 * 48 * 2, 1)
     ], "an exchange beside other work is written in several fusions, and happens once"
+
+
+GATHERED = """
+from cfpp.parallel import topology
+topology.prepare_environment()
+import flax.linen as nn, jax, jax.numpy as jnp
+from cfpp.parallel import compiled, mesh
+from cfpp.train import program
+
+slice = topology.devices("v5p:4x4x4")
+devices = mesh.create({"data": 1, "fsdp": 16, "context": 4, "tensor": 1}, slice)
+axes = {"q": ("embed", "heads"), "mlp_in": ("embed", "mlp"), "mlp_out": ("mlp", "embed")}
+sizes = {"embed": 1536, "heads": 1536, "mlp": 8960}
+shape = lambda names: jax.ShapeDtypeStruct((2, *map(sizes.get, names)), jnp.float32)
+boxed = {n: nn.LogicallyPartitioned(shape(names), (None, *names)) for n, names in axes.items()}
+placed = lambda leaf, sharding: leaf.update(sharding=sharding)
+params = jax.tree.map(placed, nn.meta.unbox(boxed), mesh.state_shardings(boxed, devices))
+x = jax.ShapeDtypeStruct((16, 2, 1560, 1536), jnp.bfloat16)
+x = placed(x, mesh.batch_sharding(devices, 16))
+
+def block(x, params):
+    for name, names in axes.items():
+        kernel = mesh.gather(params[name].astype(jnp.bfloat16), names)
+        x = mesh.constrain(x @ kernel, "batch", None, "tokens", None)
+    return x, None
+
+def blocks(params, x):
+    with jax.sharding.use_abstract_mesh(devices.abstract_mesh):
+        return jax.lax.scan(block, x, params)[0]
+
+step = jax.jit(blocks, compiler_options=program.COMPILER_OPTIONS["tpu"])
+rows = compiled.collectives(step.lower(params, x).compile().as_text(), devices)
+assert {row.kind for row in rows} == {"all-gather"}, rows
+received = sum(row.received * row.times for row in rows)
+assert received == 63 / 64 * sum(leaf.size * 2 for leaf in params.values()), rows
+print("once")
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
+def test_parameters_are_received_once():
+    """Two layers of Wan's width, on 64 chips: the compiler would rather gather by all-reduce."""
+    done = subprocess.run([sys.executable, "-c", GATHERED], capture_output=True, text=True)
+    assert done.stdout == "once\n", done.stderr[-2000:]
+
+
+def test_what_a_program_keeps():
+    """Products, and what a loop stacks up for its backward pass; no numbers on the way."""
+    mesh = AbstractMesh((4,), ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+
+    def loss(w, x):
+        turn = lambda x, _: (jnp.tanh(x @ w), None)
+        x = jax.lax.scan(turn, x, None, length=7)[0]
+        return jnp.sum(jax.shard_map(lambda x: x @ x.T, in_specs=spec, out_specs=spec)(x))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        gradient = jax.jit(jax.grad(loss))
+        jaxpr = jax.make_jaxpr(gradient)(jnp.zeros((16, 16)), jnp.zeros((8, 16))).jaxpr
+    rows = compiled.arrays(jaxpr, 4)
+    assert rows[0].shape == "f32[7,8,16]" and "scan" in rows[0].origin
+    assert rows[0].nbytes == 7 * 8 * 16 * 4 / 4, "of the whole, a device has a quarter"
+    (part,) = {row.nbytes for row in rows if row.shape == "f32[2,2]"}
+    assert part == 2 * 2 * 4, "in the body of a shard_map it is a part already"
+    assert all(row.origin.rpartition("/")[2] in compiled.KEPT for row in rows)
+    totals = [row.nbytes * row.count for row in rows]
+    assert totals == sorted(totals, reverse=True)
 
 
 def test_operations_of_scans_and_gradients():

@@ -5,9 +5,13 @@ import sys
 
 import ml_collections
 import pytest
+from jax.sharding import AbstractMesh
 
+from cfpp import stages
 from cfpp.errors import UserError
 from cfpp.parallel import mesh
+from cfpp.train import program
+from tests.test_stages import tiny_config
 
 PROGRAM = """
 import itertools
@@ -46,18 +50,21 @@ def run(**axes):
     kernel = state.params["model"]["blocks"]["mlp_in"]["kernel"]
     return losses, kernel.addressable_shards[0].data.size / kernel.size
 
-every = [
-    sizes
-    for sizes in itertools.product((1, 2, 4, 8), repeat=4)
-    if np.prod(sizes) == 8 and max(sizes[2:]) <= 4  # 4 tokens, 4 heads
-]
 meshes = {
-    "ar_diffusion": [(2, 1, 2, 2), (1, 1, 4, 2)],  # in the fast tests
-    "dmd": [(1, 2, 4, 1), (1, 1, 4, 2)],  # compiles for 20 s each
+    "two": [(2, 1, 2, 2), (1, 1, 4, 2)],
+    # Each two axes together, all clips by one axis, and heads that do not divide (1, 1, 4, 2).
+    "covering": [
+        (2, 1, 2, 2), (1, 2, 4, 1), (2, 2, 1, 2), (1, 1, 4, 2), (8, 1, 1, 1), (1, 8, 1, 1),
+    ],
+    "every": [
+        sizes
+        for sizes in itertools.product((1, 2, 4, 8), repeat=4)
+        if np.prod(sizes) == 8 and max(sizes[2:]) <= 4  # 4 tokens, 4 heads
+    ],
 }
 alone, whole = run(data=1, fsdp=1, context=1, tensor=1)
 assert whole == 1
-for data, fsdp, context, tensor in meshes.get(name, every):
+for data, fsdp, context, tensor in meshes[sys.argv[2]]:
     losses, share = run(data=data, fsdp=fsdp, context=context, tensor=tensor)
     np.testing.assert_allclose(losses, alone, rtol=1e-5)
     assert share == 1 / (fsdp * context * tensor), share
@@ -65,16 +72,92 @@ print("equal")
 """
 
 
-SLOW = ("bidirectional", "consistency", "ode", "dmd")
+# Stage 3 compiles for 20 s a mesh, all 18 of them for 6 minutes: those that cover it take 2 and a
+# half.
+SLOW = {name: "every" for name in ("bidirectional", "ar_diffusion", "consistency", "ode")}
+SLOW["dmd"] = "covering"
 
 
-@pytest.mark.parametrize(
-    "stage", ["ar_diffusion", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-)
-def test_every_mesh_computes_the_same(stage):
-    """Tokens divided; the 4 heads divide by context and tensor, or do not (1, 1, 4, 2)."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, stage], capture_output=True, text=True)
+def run(program, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True
+    )
     assert done.stdout == "equal\n", done.stderr[-2000:]
+
+
+def test_two_meshes_compute_the_same():
+    """Tokens divided; the 4 heads divide by context and tensor, or do not (1, 1, 4, 2)."""
+    run(PROGRAM, "ar_diffusion", "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", SLOW)
+def test_every_mesh_computes_the_same(stage):
+    run(PROGRAM, stage, SLOW[stage])
+
+
+PARENTS = """
+import sys
+from unittest import mock
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+from cfpp.models.network import Network
+from cfpp.train import checkpoint, loop, program
+from tests import tiny
+from tests.test_stages import tiny_config
+
+class Arrived(Exception):
+    pass
+
+config = tiny_config("dmd")
+config.batch_size = 8
+config.mesh.update({"data": 1, "fsdp": 8})
+config.real_model.ffn_dim = 64
+real = {**config.model, **config.real_model}
+networks = {"real": Network.create(real, config.pattern)}
+values = lambda path: tiny.params(
+    networks.get(path, Network.create(config.model, config.pattern))
+)
+config.init_from.update({"student": "student", "real": "real", "critic": "critic"})
+shapes = lambda path: jax.eval_shape(lambda: values(path))
+load = lambda path, sharding: (None, jax.device_put(values(path), sharding))
+create = program.create
+
+def spied(*arguments):
+    programs = create(*arguments)
+
+    def init(parents):
+        state = programs.state
+        become = {"student": state.ema, "critic": state.params["critic"]}
+        become["real"] = state.frozen["real"]
+        for role, parent in parents.items():
+            where = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+            assert where(parent) == where(become[role]), role
+            kernel = parent["blocks"]["mlp_in"]["kernel"]
+            assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+        assert parents.keys() == become.keys()
+        raise Arrived
+
+    return programs._replace(init=init)
+
+with (
+    mock.patch.multiple(loop, check_parents=mock.DEFAULT),
+    mock.patch.multiple("cfpp.data.sources", check=mock.DEFAULT, prepare=mock.DEFAULT),
+    mock.patch("cfpp.data.pipeline.train_batches"),
+    mock.patch.object(program, "create", spied),
+    mock.patch.object(checkpoint, "model_shapes", shapes),
+    mock.patch.object(checkpoint, "load_model", load),
+):
+    try:
+        loop.train(config, sys.argv[1])
+    except Arrived:
+        print("equal")
+"""
+
+
+def test_parents_are_divided_as_soon_as_they_are_loaded(tmp_path):
+    """Whole, the float32 values of a large real score would fill every device."""
+    run(PARENTS, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -88,6 +171,28 @@ def test_every_mesh_computes_the_same(stage):
 def test_meshes_that_do_not_fit(sizes, message):
     with pytest.raises(UserError, match=message):
         mesh.create(ml_collections.ConfigDict(dict(zip(mesh.AXES, sizes, strict=True))))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            (1, 1, 3, 1),
+            "config.mesh.context is 3; it must divide the 4 tokens of a frame of config",
+        ),
+        ((1, 1, 1, 3), "config.mesh.tensor is 3; it must divide the 2 heads of config.model"),
+        ((1, 1, 1, 2), "tensor is 2; it must divide the 3 heads of the model of config.init_from"),
+        ((3, 1, 1, 1), "config.batch_size is 8; it must be a multiple of the 3 devices"),
+        ((2, 2, 2, 1), "a multiple of 4 parts .config.accumulate. for each of the 4 devices"),
+    ],
+)
+def test_what_a_mesh_does_not_divide(sizes, message):
+    """Of the student, of a real score with heads of its own, and of the batch."""
+    config = tiny_config("dmd", batch_size=8, accumulate=4 if sizes == (2, 2, 2, 1) else 1)
+    config.real_model.heads = 3
+    config.init_from.critic = "runs/critic"
+    with pytest.raises(UserError, match=message):
+        program.create(stages.build(config), config, {}, AbstractMesh(sizes, mesh.AXES))
 
 
 @pytest.mark.parametrize(
