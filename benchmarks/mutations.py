@@ -31,6 +31,7 @@ FUSED = (f"{SELF}fused_equals_separate_and_one_scan_equals_chunk_by_chunk",)
 DIFFUSERS = ("tests/interop/test_diffusers.py::test_network",)
 STAGES = ("tests/test_stages.py::test_consistency_loss_is_its_equation",)
 DMD = ("tests/test_stages.py::test_dmd_gradient_points_from_the_student_to_the_data",)
+STREAMED = ("tests/test_streaming.py::test_stream_is_the_clip",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,8 +284,8 @@ MUTATIONS = (
     ),
     Mutation(
         "renoise_same", "a step noises again with the noise of the step before",
-        "cfpp/rollout/generate.py", "fresh = noise(stream.frame, step + 1)",
-        "fresh = noise(stream.frame, step)", REPLAYED,
+        "cfpp/rollout/generate.py", "draw_noise(noise, stream.frame, step + 1, size)",
+        "draw_noise(noise, stream.frame, step, size)", REPLAYED,
     ),
     Mutation(
         "noise_same", "the noise of a chunk is the same at all steps", "cfpp/rollout/generate.py",
@@ -313,6 +314,60 @@ MUTATIONS = (
         'actions = self.network.with_null({"actions": actions})["actions"]',
         "actions = twice(actions)",
         ("tests/test_rollout.py::test_euler_rollout_is_the_solver_on_the_exact_history",),
+    ),
+    Mutation(
+        "matching_frames", "the matching gradient is that of the frames before the generated ones",
+        "cfpp/stages/dmd.py", "g[:, given:]", "g[:, : frames - given]", (f"{WIRING}matching",),
+    ),
+    Mutation(
+        "replay_setting", "the replay takes no notice of history_gradient", "cfpp/stages/dmd.py",
+        "replay(student, params,", "replay(network, params,", (f"{WIRING}matching",),
+    ),
+    Mutation(
+        "score_unguided", "the bidirectional real score is not guided", "cfpp/stages/dmd.py",
+        "return network.bidirectional(params, condition, guidance)",
+        "return network.bidirectional(params, condition)", (f"{WIRING}matching",),
+    ),
+    Mutation(
+        "score_unshifted", "the level of bidirectional scores is not shifted",
+        "cfpp/stages/dmd.py", "jnp.broadcast_to(flow.shift(u, config.score_shift), x0",
+        "jnp.broadcast_to(u, x0", (f"{WIRING}matching",),
+    ),
+    Mutation(
+        "matching_scale_held", "frames that are held clean count in the gradient's scale",
+        "cfpp/stages/dmd.py", ", keepdims=True, where=noised)", ", keepdims=True)",
+        ("tests/test_stages.py::test_dmd_gradient_leaves_out_frames_that_are_held",),
+    ),
+    Mutation(
+        "held_in_loss", "stage 0 counts the held frame in its loss",
+        "cfpp/stages/bidirectional.py", "jnp.mean(error * weight)", "jnp.mean(error)",
+        (f"{WIRING}bidirectional",),
+    ),
+    Mutation(
+        "held_noised", "stage 0 noises the held frame as it does the others",
+        "cfpp/stages/bidirectional.py", "jnp.where(held, 0.0, sigma)",
+        "jnp.broadcast_to(sigma, held.shape)", (f"{WIRING}bidirectional",),
+    ),
+    Mutation(
+        "stream_schedule", "a stream takes the first chunk's schedule for all of its chunks",
+        "cfpp/rollout/stream.py", "self._schedule = 1", "self._schedule = 0", STREAMED,
+    ),
+    Mutation(
+        "stream_noise", "a stream noises again with the noise that the chunk started from",
+        "cfpp/rollout/stream.py", "noise = gaussian_noise(rng, stream.pending.shape)",
+        "draw = gaussian_noise(rng, stream.pending.shape)\n    noise = lambda n, _: draw(n, 0)",
+        STREAMED,
+    ),
+    Mutation(
+        "first_chunk_dropped", "a rollout from noise begins with a chunk like the others",
+        "cfpp/rollout/generate.py",
+        "first = None if given or pattern.first_chunk == chunk else pattern.first_chunk",
+        "first = None", FUSED,
+    ),
+    Mutation(
+        "negative_text", "guidance leads away from a text of zeros, whatever the negative one",
+        "cfpp/models/network.py", "self.null(condition) | (null or {})", "self.null(condition)",
+        (f"{SELF}guidance_away_from_a_text",),
     ),
 )  # fmt: skip
 

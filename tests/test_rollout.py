@@ -62,6 +62,46 @@ def test_first_chunk_of_another_length():
     tiny.close(noise - velocity(noise, jnp.ones((2, 5))), clip, 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "given", "slots", "chunks", "message"),
+    [
+        (Pattern(chunk=3), 0, 2, 1, "has 2 slots; a clip of 3 frames needs 3"),
+        (Pattern(), 0, 3, 4, "has 3 slots; a clip of 4 frames needs 4"),
+        (Pattern(), 2, 4, 3, "has 4 slots; a clip of 5 frames needs 5"),
+        (Pattern(), 5, 3, 1, "has 3 slots; a clip of 6 frames needs 6"),
+        (Pattern(window=4), 0, 0, 1, "has 0 slots; a clip of 1 frames needs 1"),
+        (Pattern(window=4), 0, 3, 5, "has 3 slots; a clip of 5 frames needs 4"),
+        (Pattern(window=4, sink=2), 0, 2, 1, "has 2 slots; a clip of 3 frames needs 3"),
+    ],
+)
+def test_a_cache_too_short_for_the_schedule(pattern, given, slots, chunks, message):
+    """Told when a program is traced, where as many slots as it names will do."""
+    net = tiny.network(pattern)
+    rollout, noise = Rollout(net, euler(1, 3.0)), tiny.noise_table(net, 8, 1)
+    actions = tiny.actions(given + chunks * pattern.chunk)
+
+    def run(params, slots):
+        first, later = ({"actions": x} for x in (actions[:, :given], actions[:, given:]))
+        stream = rollout.start(params, tiny.latents(net, given), first, slots)
+        sigmas, last = jnp.ones((chunks, 2)), np.zeros(chunks, int)
+        return rollout.unroll(params, stream, later, chunks, noise, sigmas, last)[1]
+
+    params = tiny.params(net)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda p: run(p, slots), params)
+    needed = int(message.rpartition(" ")[2])
+    assert jax.eval_shape(lambda p: run(p, needed), params).x0.shape[1] == actions.shape[1] - given
+
+
+def test_frames_of_another_size():
+    net = tiny.network()
+    rollout = Rollout(net, euler(1, 3.0))
+    for height, width in ((12, 8), (9, 12)):
+        frames = jnp.zeros((1, 1, height, width, 2))
+        with pytest.raises(ValueError, match=rf"\(8, 12, 2\), got \({height}, {width}, 2\)"):
+            rollout.start(tiny.params(net), frames, {"actions": tiny.actions(1, 1)}, 2)
+
+
 def test_students_take_the_positions_they_were_trained_for():
     config = stage3.get_config()
     config.positions, config.first_positions = (1000.0, 250.0), (1000.0, 750.0, 250.0)

@@ -177,3 +177,30 @@ def test_dmd_gradient_points_from_the_student_to_the_data():
     value, slope = jax.value_and_grad(lambda x: dmd.loss(x, g).sum())(x)
     tiny.close(slope, g / np.prod(x.shape[2:]))
     assert value == pytest.approx(0.5 * 0.25 * 6, rel=1e-4)
+
+
+def test_dmd_gradient_leaves_out_frames_that_are_held():
+    """A given frame has no gradient, and does not count in the mean that the others are divided by.
+
+    At sigma 0 every x0 is x itself; elsewhere |x - x0_real| is 2 and x0_fake - x0_real is 1.
+    """
+    x, noise = tiny.latents(tiny.network(), 3), tiny.latents(tiny.network(), 3, seed=1)
+    sigma = jnp.full((2, 3), 0.5).at[:, 0].set(0.0)
+    at = lambda target: lambda x_sigma, s: flow.to_velocity(x_sigma, target, s)
+    g = dmd.gradient(at(x - 2), at(x - 1), x, noise, sigma)
+    np.testing.assert_array_equal(g[:, 0], 0)
+    tiny.close(g[:, 1:], jnp.full_like(g[:, 1:], 0.5))
+
+
+def test_stage_3_from_noise_with_a_longer_first_chunk():
+    """The first chunk is rolled out, scored and replayed as the one that it is."""
+    config = tiny_config("dmd", given=0, first_positions=(1000.0, 750.0, 500.0), critic_steps=1)
+    config.data.frames = 5
+    config.pattern.first_chunk = 3
+    config.model.layers = 1
+    stage = stages.build(config)
+    state = nn.meta.unbox(jax.eval_shape(stage.init, jax.random.key(0), parents(config, stage)))
+    jax.eval_shape(stage.step, state, batch(config), jax.random.key(0))
+    config.data.frames = 2
+    with pytest.raises(ValueError, match="chunks of 1: the last one ends after frame 3"):
+        stages.build(config)

@@ -13,9 +13,11 @@ import optax
 import pytest
 
 from cfpp import flow, stages
+from cfpp.models import codec
 from cfpp.models.network import Network
 from cfpp.rollout.generate import gaussian_noise
-from cfpp.stages import ar_diffusion, consistency, dmd, ode
+from cfpp.stages import ar_diffusion, bidirectional, consistency, dmd, ode
+from cfpp.stages import stage as stage_module
 from cfpp.stages.stage import average, descend, start
 from tests import tiny
 from tests.test_stages import batch, parents, tiny_config
@@ -23,12 +25,19 @@ from tests.test_stages import batch, parents, tiny_config
 
 @pytest.fixture
 def labelled(monkeypatch):
-    """Velocity fields are tuples that say what they were made of; descent is as plain as can be."""
-    for module in (consistency, ode, dmd, ar_diffusion):
+    """Velocity fields are tuples that say what they were made of; nothing is differentiated."""
+    zeros = lambda params: jax.tree.map(jnp.zeros_like, params)
+    value_alone = lambda loss, params, inputs, _: (loss(params, inputs), zeros(params))
+    monkeypatch.setattr(stage_module, "accumulated", value_alone)
+    for module in (bidirectional, consistency, ode, dmd, ar_diffusion):
         monkeypatch.setattr(module, "optimizer", lambda *_: optax.sgd(0.1))
     monkeypatch.setattr(
         Network, "teacher_forced",
         lambda self, params, clean, condition, guidance=1.0: (params, clean, condition, guidance),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        Network, "bidirectional",
+        lambda self, params, condition, guidance=1.0: (params, None, condition, guidance),
     )  # fmt: skip
 
 
@@ -79,6 +88,32 @@ def differ(x, axis):
     return all(np.any(first != other) for other in others)
 
 
+def check_median(sigma, shift, draws):
+    """Uniform before the shift: the median of n draws lies within 5 times 1 / (2 sqrt(n))."""
+    spread = 2.5 / np.sqrt(draws)
+    low, high = flow.shift(0.5 - spread, shift), flow.shift(0.5 + spread, shift)
+    assert low < np.median(sigma) < high and not low < 0.5 < high  # which tells it from no shift
+
+
+def test_bidirectional(labelled, monkeypatch):
+    """One level a clip; a first frame that is given has level 0, and no part in the loss."""
+    config, stage, state, clips = states("bidirectional", 128, given_rate=0.25, drop_rate=0.0)
+    error = lambda velocity, x0, noise, sigma, floor: 1.0 + 1000 * (sigma == 0)
+    calls = record(monkeypatch, flow, "matching_loss", error)
+    _, metrics = stage.step(state, clips, jax.random.key(0))
+    velocity, x0, noise, sigma, floor = calls[0]
+    np.testing.assert_array_equal(x0, codec.encode(clips["video"]))
+    assert velocity[3] == 1.0 and floor == config.sigma_floor
+    assert differ(noise, 0) and differ(noise, 1)
+    held = np.asarray(sigma)[:, 0] == 0
+    assert 8 <= held.sum() <= 56  # 32 +- 5 x 4.9
+    np.testing.assert_array_equal(sigma[~held], sigma[~held][:, 1:2].repeat(4, 1))
+    np.testing.assert_array_equal(sigma[:, 1:], sigma[:, 1:2].repeat(3, 1))
+    assert np.all(sigma[:, 1:] > 0) and differ(sigma[:, 1], 0)
+    check_median(sigma[:, 1], config.shift, len(sigma))
+    assert metrics["loss"] == pytest.approx(1.0)
+
+
 def test_consistency(labelled, monkeypatch):
     config, stage, state, clips = states(
         "consistency", 64, chunk=3, draws=2, guidance=3.0, grid_steps=4
@@ -88,7 +123,8 @@ def test_consistency(labelled, monkeypatch):
     (student, ema, teacher, x0, noise, index, grid, solver, distance) = calls[0]
     assert label_of(ema[0]) == label_of(state.ema) and ema[3] == 1.0
     assert label_of(teacher[0]) == label_of(state.frozen["teacher"]) and teacher[3] == 3.0
-    assert student[3] == 1.0 and (solver, distance) == (config.solver, config.distance)
+    assert label_of(student[0]) == label_of(state.params["model"]) and student[3] == 1.0
+    assert (solver, distance) == (config.solver, config.distance)
     np.testing.assert_array_equal(grid, flow.grid(4, config.shift))
     assert np.unique(index).tolist() == [0, 1, 2, 3]  # the last pair too
     np.testing.assert_array_equal(x0[:, :7], x0[:, 7:])
@@ -131,11 +167,13 @@ def test_ode(labelled, monkeypatch):
     np.testing.assert_array_equal(endpoint, config.grid_steps)
 
 
-def test_matching(labelled, monkeypatch):
+@pytest.mark.parametrize("real_score", dmd.REAL_SCORES)
+def test_matching(labelled, monkeypatch, real_score):
     """Fresh rollouts of the student for every step of the critic, and for its own."""
     config, stage, state, clips = states(
-        "dmd", critic_steps=2, guidance=3.0, first_positions=(1000.0, 750.0, 500.0)
-    )
+        "dmd", critic_steps=2, guidance=3.0, first_positions=(1000.0, 750.0, 500.0),
+        real_score=real_score, history_gradient="straight_through",
+    )  # fmt: skip
     given, frames = config.given, config.data.frames
     rollouts = []
 
@@ -146,8 +184,9 @@ def test_matching(labelled, monkeypatch):
 
     monkeypatch.setattr(dmd, "self_rollout", rolled_out)
     critic = record(monkeypatch, flow, "matching_loss", lambda v, x0, *_: no_loss(x0))
-    g = record(monkeypatch, dmd, "gradient", lambda real, fake, x, *_: jnp.ones_like(x))
-    record(monkeypatch, dmd, "replay", lambda network, params, cache, inputs, *_: inputs)
+    g = record(monkeypatch, dmd, "gradient", lambda real, fake, x, *_: 2 * x)
+    replays = record(monkeypatch, dmd, "replay", lambda n, params, cache, inputs, *_: 3 * inputs)
+    losses = record(monkeypatch, dmd, "loss", lambda x, g: no_loss(x))
     with jax.disable_jit():
         for seed in range(6):
             stage.step(state, clips, jax.random.key(seed))
@@ -165,16 +204,45 @@ def test_matching(labelled, monkeypatch):
         levels = flow.schedule(positions, config.shift)
         np.testing.assert_array_equal(sampler.sigmas[row, : len(levels)], levels)
 
-    for i, (velocity, x, _, sigma, _) in enumerate(critic):
+    for i, (velocity, x, *_) in enumerate(critic):
         own = rollouts[3 * (i // 2) + i % 2][-1]
         np.testing.assert_array_equal(x, own)
-        np.testing.assert_array_equal(velocity[1], own)
-        np.testing.assert_array_equal(sigma[:, :given], 0)
-        assert np.all(sigma[:, given:] >= config.score_sigma[0]) and differ(sigma[:, given:], 1)
+        check_field(velocity, state.params["critic"], own, 1.0, real_score)
     for i, (real, fake, x, _, _) in enumerate(g):
-        np.testing.assert_array_equal(x, rollouts[3 * i + 2][-1])
-        assert label_of(real[0]) == label_of(state.frozen["real"]) and real[3] == 3.0
-        assert label_of(fake[0]) == label_of(state.params["critic"]) and fake[3] == 1.0
+        own = rollouts[3 * i + 2][-1]
+        np.testing.assert_array_equal(x, own)
+        check_field(real, state.frozen["real"], own, 3.0, real_score)
+        check_field(fake, state.params["critic"], own, 1.0, real_score)
+        network, params, _, inputs, level, condition = replays[i]
+        assert network.dit.history_gradient == "straight_through"
+        assert label_of(params) == student
+        np.testing.assert_array_equal(inputs, own[:, given:])
+        np.testing.assert_array_equal(level, np.ones(frames - given))
+        np.testing.assert_array_equal(condition["actions"], clips["actions"])
+        replayed, slope = losses[i]
+        np.testing.assert_array_equal(replayed, 3 * own[:, given:])
+        np.testing.assert_array_equal(slope, 2 * own[:, given:])
+
+    sigma = np.stack([call[3] for call in critic] + [call[4] for call in g])
+    np.testing.assert_array_equal(sigma[:, :, :given], 0)
+    sigma = sigma[:, :, given:]  # [steps, clips, generated frames]
+    assert np.all((sigma >= config.score_sigma[0]) & (sigma <= config.score_sigma[1]))
+    assert differ(sigma, 0) and differ(sigma, 1)
+    if real_score == "causal":
+        assert differ(sigma, 2)
+    else:
+        np.testing.assert_array_equal(sigma, sigma[:, :, :1].repeat(frames - given, 2))
+    check_median(sigma, config.score_shift, sigma[:, :, 0].size)
+
+
+def check_field(field, params, clip, guidance, real_score):
+    """A score of the whole clip, or one that is teacher-forced on it."""
+    of, history, _, weight = field
+    assert label_of(of) == label_of(params) and weight == guidance
+    if real_score == "causal":
+        np.testing.assert_array_equal(history, clip)
+    else:
+        assert history is None
 
 
 def test_target_carries_no_gradient():

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from cfpp.attention.pattern import Pattern
 from cfpp.interop import wan
+from cfpp.models.network import Network
 
 # Modules and tables, diffusers' by Wan's: outside the blocks, and in a block.
 _MODULES = {
@@ -47,7 +49,14 @@ def from_diffusers(weights: wan.Weights) -> dict:
     Raises:
       ValueError: a name that such a model does not have, or a block is incomplete.
     """
-    return wan.from_wan(_renamed(weights, _inverse(_MODULES), _inverse(_BLOCK_MODULES)))
+    return wan.from_wan(_to_wan(weights))
+
+
+def network(
+    weights: wan.Weights, pattern: Pattern, height: int, width: int, head_dim: int = 128, **model
+) -> tuple[Network, dict]:
+    """The network that such a state dict is of, and its parameters; see `wan.network`."""
+    return wan.network(_to_wan(weights), pattern, height, width, head_dim, **model)
 
 
 def to_diffusers(params: dict, patch: int) -> dict[str, np.ndarray]:
@@ -57,6 +66,10 @@ def to_diffusers(params: dict, patch: int) -> dict[str, np.ndarray]:
       ValueError: the model takes actions, which Wan's does not.
     """
     return _renamed(wan.to_wan(params, patch), _MODULES, _BLOCK_MODULES)
+
+
+def _to_wan(weights: wan.Weights) -> dict:
+    return _renamed(weights, _inverse(_MODULES), _inverse(_BLOCK_MODULES))
 
 
 def _inverse(names: Mapping[str, str]) -> dict[str, str]:

@@ -6,8 +6,14 @@ its kernel as `[in, out]`; flax stacks the blocks' parameters along a first axis
 
 from collections.abc import Mapping
 
+import flax.linen as nn
 import numpy as np
 from flax import traverse_util
+
+from cfpp.attention.pattern import Pattern
+from cfpp.models.dit import DiT
+from cfpp.models.network import Network
+from cfpp.train import shapes
 
 Weights = Mapping[str, np.ndarray]
 
@@ -39,6 +45,51 @@ _BLOCK_MODULES = {
     "ffn.0": "blocks/mlp_in",
     "ffn.2": "blocks/mlp_out",
 }
+
+
+def network(
+    weights: Weights, pattern: Pattern, height: int, width: int, head_dim: int = 128, **model
+) -> tuple[Network, dict]:
+    """The network that a Wan state dict is of, and its parameters.
+
+    Args:
+      weights: arrays by Wan's original names; all sizes but those that follow are read from them.
+      pattern: which frames attend to which.
+      height, width: of a latent frame.
+      head_dim: width of an attention head, 128 in all of Wan's models.
+      model: other attributes of the `DiT`, such as `dtype`.
+
+    Raises:
+      ValueError: a tensor is lacking, or one that Wan's text-to-video model does not have.
+      MismatchError: the tensors' shapes do not fit one another.
+    """
+
+    def shape(name):
+        if name not in weights:
+            raise ValueError(f"the weights lack {name}")
+        return weights[name].shape
+
+    params = from_wan(weights)
+    dim, channels, _, patch, _ = shape("patch_embedding.weight")
+    if dim % head_dim:
+        raise ValueError(f"a width of {dim} does not split into heads of {head_dim}")
+    dit = DiT(
+        channels=channels,
+        height=height,
+        width=width,
+        patch=patch,
+        dim=dim,
+        ffn_dim=shape("blocks.0.ffn.0.weight")[0],
+        heads=dim // head_dim,
+        layers=len(params["blocks"]["modulation"]),
+        frequency_dim=shape("time_embedding.0.weight")[1],
+        text_dim=shape("text_embedding.0.weight")[1],
+        **model,
+    )
+    dit.check()
+    found = Network(dit, pattern)
+    shapes.check(nn.meta.unbox(found.shapes()), params, "the state dict")
+    return found, params
 
 
 def from_wan(weights: Weights) -> dict:

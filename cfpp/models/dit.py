@@ -340,6 +340,14 @@ class DiT(nn.Module):
                     f"model.{field} must be one of {', '.join(x or repr(x) for x in known)}, "
                     f"got {getattr(self, field)!r}"
                 )
+        frame, block = ("channels", "height", "width", "patch"), ("dim", "ffn_dim", "heads")
+        least = dict.fromkeys((*frame, *block, "layers", "unroll"), 1)
+        least |= {"frequency_dim": 2, "num_actions": 0, "text_dim": 0}
+        for field, minimum in least.items():
+            if getattr(self, field) < minimum:
+                raise ValueError(
+                    f"model.{field} is {getattr(self, field)}; it must be at least {minimum}"
+                )
         if self.height % self.patch or self.width % self.patch:
             raise ValueError(
                 f"a frame of {self.height} x {self.width} does not divide into patches of "
@@ -432,7 +440,13 @@ class DiT(nn.Module):
 
         Returns:
           The velocity, float32 like `x`, and the entries' keys and values, `[L, B, N, E, T, D]`.
+
+        Raises:
+          ValueError: the frames are not of the model's size.
         """
+        size = self.height, self.width, self.channels
+        if x.shape[2:] != size:
+            raise ValueError(f"the model takes frames of {size}, got {x.shape[2:]}")
         rows, columns = self.height // self.patch, self.width // self.patch
         p = self.patch
         tokens = einops.rearrange(x, "b e (r p) (s q) c -> b e (r s) (p q c)", p=p, q=p)

@@ -66,6 +66,15 @@ class Network:
         dit.check()
         return cls(dit, Pattern(**pattern))
 
+    def after(self, given: int) -> "Network":
+        """The same network, for what follows the first `given` frames of a clip.
+
+        Where a chunk begins there, the chunks are the pattern's own; else they start anew there.
+        """
+        if given == 0 or self.pattern.chunk_end(given - 1) == given:
+            return self
+        return dataclasses.replace(self, pattern=self.pattern.after(given))
+
     def rolled(self) -> "Network":
         """The same network with its loop over blocks not unrolled: for programs without gradients.
 
@@ -126,9 +135,14 @@ class Network:
         )
         return jax.tree.map(choose, self.null(condition), condition)
 
-    def with_null(self, condition: Condition) -> Condition:
-        """The condition and its absence in pairs, for `guided`."""
-        return paired(condition, self.null(condition))
+    def with_null(self, condition: Condition, null: Condition | None = None) -> Condition:
+        """The condition and its absence in pairs, for `guided`.
+
+        Args:
+          null: what takes the place of `Network.null`, all of it or a part: Wan's pipelines guide
+            away from the text of a negative prompt, which has the shape of `condition["text"]`.
+        """
+        return paired(condition, self.null(condition) | (null or {}))
 
     def text(self, params: Params, condition: Condition) -> Any:
         """The text's keys and values, computed once a clip; None for a model without text."""
@@ -143,11 +157,15 @@ class Network:
         )
 
     def bidirectional(
-        self, params: Params, condition: Condition, guidance: float = 1.0
+        self,
+        params: Params,
+        condition: Condition,
+        guidance: float = 1.0,
+        null: Condition | None = None,
     ) -> flow.Velocity:
-        """All frames see all frames: x `[B, F, H, W, C]`, sigma `[B, F]`."""
+        """All frames see all frames: x `[B, F, H, W, C]`, sigma `[B, F]`; null as `with_null`'s."""
         if guidance != 1.0:
-            return guided(self.bidirectional(params, self.with_null(condition)), guidance)
+            return guided(self.bidirectional(params, self.with_null(condition, null)), guidance)
         text = self.text(params, condition)
 
         def velocity(x, sigma):
@@ -160,19 +178,25 @@ class Network:
         return velocity
 
     def teacher_forced(
-        self, params: Params, clean: jax.Array, condition: Condition, guidance: float = 1.0
+        self,
+        params: Params,
+        clean: jax.Array,
+        condition: Condition,
+        guidance: float = 1.0,
+        null: Condition | None = None,
     ) -> flow.Velocity:
         """Noisy frames given the clean frames before them, all at once.
 
         Args:
           clean: latents of whole clips, `[B, F, H, W, C]`.
+          guidance, null: weight of guidance, and what it leads away from; see `with_null`.
 
         Returns:
           A velocity field over x `[B, draws * F, H, W, C]`, sigma `[B, draws * F]`: any number of
           noisy draws of the clip, one after another, that share the one clean pass.
         """
         if guidance != 1.0:
-            both = self.teacher_forced(params, twice(clean), self.with_null(condition))
+            both = self.teacher_forced(params, twice(clean), self.with_null(condition, null))
             return guided(both, guidance)
         text = self.text(params, condition)
         frames = clean.shape[1]

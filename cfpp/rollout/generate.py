@@ -10,9 +10,11 @@ which gives the keys and values that later chunks attend to. That *context pass*
 
 Everything is a function of (seed, frame number), so a clip rolled out in one scan, frame by frame
 or as a stream is one and the same.
+
+A clip from noise begins with the pattern's first chunk, which may be of another length than all the
+others. It takes a program of its own, and its context pass is never fused.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,12 +28,13 @@ import numpy as np
 
 from cfpp import flow
 from cfpp.attention.cache import Cache
-from cfpp.attention.pattern import CLEAN
+from cfpp.attention.pattern import CLEAN, Pattern
 from cfpp.errors import UserError
 from cfpp.models import codec
 from cfpp.models.network import Condition, Network, Params, guide_pairs, twice
 
-Noise = Callable[[jax.Array, jax.Array], jax.Array]  # (first frame of a chunk, step) -> noise
+# (frame, step) -> noise of a chunk's frames from that one on, as far as it goes; see `draw_noise`.
+Noise = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Sampler(flax.struct.PyTreeNode):
@@ -94,6 +97,8 @@ class Stream(flax.struct.PyTreeNode):
       pending: clean latents `[B, chunk, H, W, C]` that the next pass will write to the cache,
       pending_frame: their frame numbers, int32 `[chunk]`, -1 where there is nothing to write, and
       pending_actions: their actions, int32 `[B, chunk]` (all three unused without fusing).
+      first: frames of the chunk to come, known when traced, if it is a first one of another length;
+        or None.
     """
 
     cache: Cache
@@ -102,6 +107,7 @@ class Stream(flax.struct.PyTreeNode):
     pending: jax.Array
     pending_frame: jax.Array
     pending_actions: jax.Array
+    first: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
 class Chunk(flax.struct.PyTreeNode):
@@ -138,33 +144,49 @@ class Rollout(flax.struct.PyTreeNode):
         return self.sampler.steps + (not self.fused)
 
     def start(
-        self, params: Params, context: jax.Array, condition: Condition, slots: int | None = None
+        self,
+        params: Params,
+        context: jax.Array,
+        condition: Condition,
+        slots: int | None = None,
+        null: Condition | None = None,
     ) -> Stream:
         """Puts given frames into a new cache: none, one (image-to-video) or several (extension).
 
         Args:
           context: clean latents `[B, K, H, W, C]`; K may be 0.
           condition: actions of the given frames `[B, K]` and/or text.
-          slots: frames that the cache holds; by default the pattern's window.
+          slots: frames that the cache holds; by default the pattern's window. For a clip that ends
+            before, its length will do.
+          null: text to guide away from, such as that of a negative prompt; see `Network.with_null`.
 
         Raises:
-          ValueError: neither a window nor `slots` bounds the cache.
+          ValueError: neither a window nor `slots` bounds the cache, or it is too short; or the
+            given frames end within a chunk.
         """
         pattern, dit = self.network.pattern, self.network.dit
-        slots = slots or pattern.window
+        slots = pattern.window if slots is None else slots
         if slots is None:
             raise ValueError("a pattern without a window needs the number of cache slots")
         batch, given = context.shape[:2]
         chunk = pattern.chunk
-        text = self.network.text(params, self._both(condition))
+        if given and pattern.chunk_end(given - 1) != given:
+            raise ValueError(
+                f"{given} given frames end within a chunk, of frames up to "
+                f"{pattern.chunk_end(given - 1)}; Rollout.after({given}) begins a chunk there"
+            )
+        first = None if given or pattern.first_chunk == chunk else pattern.first_chunk
+        self._check_slots(slots, max(given, pattern.sink) + (first or chunk))
+        text = self.network.text(params, self._both(condition, null))
         cache = dit.cache(batch * (1 if self.guidance == 1.0 else 2), slots, pattern.sink)
         stream = Stream(
             cache=cache,
             text=text,
-            frame=jnp.int32(0),
+            frame=np.int32(0),  # known when traced, until the stream leaves the program
             pending=jnp.zeros((batch, chunk, *context.shape[2:])),
             pending_frame=jnp.full(chunk, -1, jnp.int32),
             pending_actions=jnp.zeros((batch, chunk), jnp.int32),
+            first=first,
         )
         if not given:
             return stream
@@ -175,7 +197,7 @@ class Rollout(flax.struct.PyTreeNode):
         kept = frame[(frame < pattern.sink) | (frame >= given - (slots - pattern.sink))]
         key, value = (x[:, :, :, kept] for x in key_value)
         return stream.replace(
-            cache=cache.write(jnp.asarray(kept), key, value), frame=jnp.int32(given)
+            cache=cache.write(jnp.asarray(kept), key, value), frame=np.int32(given)
         )
 
     def chunk(
@@ -190,14 +212,16 @@ class Rollout(flax.struct.PyTreeNode):
         """Generates the next chunk.
 
         Args:
-          actions: int32 `[B, chunk]`, or None for a model without actions.
+          actions: int32 `[B, chunk]`, or None for a model without actions. A first chunk of
+            another length takes `[B, stream.first]`.
           noise: `(frame, step) -> [B, chunk, H, W, C]`, the noise that a step starts from.
           sigmas: float32 `[steps + 1]`, the chunk's noise levels.
           last: int32 [], the step at which x0 is predicted: known only at run time, so that first
             and later chunks, and stage 3's random exits, share one program.
         """
-        size = self.network.pattern.chunk
-        frame = stream.frame + jnp.arange(size)
+        size = stream.first or self.network.pattern.chunk
+        fused = self.fused and stream.first is None
+        frame = stream.frame + jnp.arange(size, dtype=jnp.int32)
         batch = stream.pending.shape[0]
         level = lambda step: jnp.broadcast_to(sigmas[step], (batch, size))
         noisy = np.ones(size, int)
@@ -205,8 +229,8 @@ class Rollout(flax.struct.PyTreeNode):
         def evaluate(x, step):
             return self._evaluate(params, stream, x, level(step), frame, noisy, actions)[0]
 
-        x = noise(stream.frame, 0)
-        if self.fused:
+        x = draw_noise(noise, stream.frame, 0, size)
+        if fused:
             cache, v = self._fused_step(params, stream, x, level(0), frame, actions)
             stream = stream.replace(cache=cache)
         else:
@@ -214,14 +238,14 @@ class Rollout(flax.struct.PyTreeNode):
 
         def body(step, carry):
             x, v = carry
-            fresh = noise(stream.frame, step + 1)
+            fresh = draw_noise(noise, stream.frame, step + 1, size)
             x = self.sampler.step(x, v, level(step), level(step + 1), fresh)
             return x, evaluate(x, step + 1)
 
         x, v = jax.lax.fori_loop(0, last, body, (x, v))
         x0 = flow.to_x0(x, v, level(last))
 
-        if not self.fused:
+        if not fused:
             _, key_value = self._evaluate(
                 params, stream, x0, jnp.zeros((batch, size)), frame, CLEAN * noisy, actions
             )
@@ -230,7 +254,8 @@ class Rollout(flax.struct.PyTreeNode):
             if actions is not None:
                 stream = stream.replace(pending_actions=actions)
             stream = stream.replace(pending=x0, pending_frame=frame)
-        return stream.replace(frame=stream.frame + size), Chunk(x0, x, sigmas[last])
+        stream = stream.replace(frame=stream.frame + size, first=None)
+        return stream, Chunk(x0, x, sigmas[last])
 
     def unroll(
         self,
@@ -242,21 +267,27 @@ class Rollout(flax.struct.PyTreeNode):
         sigmas: jax.Array,
         last: jax.Array,
     ) -> tuple[Stream, Chunk]:
-        """Generates `chunks` chunks in one scan.
+        """Generates `chunks` chunks in one scan, after a first one if that is of another length.
 
         Args:
-          condition: actions of the frames to generate, int32 `[B, chunks * chunk]`.
+          condition: actions of the frames to generate, int32 `[B, N]`.
           sigmas: float32 `[chunks, steps + 1]`; last: int32 `[chunks]`.
 
         Returns:
-          The stream, and a `Chunk` whose x0 and x are `[B, chunks * chunk, H, W, C]` and whose
-          sigma is `[chunks * chunk]`.
+          The stream, and a `Chunk` whose x0 and x are `[B, N, H, W, C]` and whose sigma is `[N]`.
+
+        Raises:
+          ValueError: the cache is too short for so many frames.
         """
         params = self.network.gathered(params)
+        if stream.first is not None:
+            return self._unroll_first(params, stream, condition, chunks, noise, sigmas, last)
         actions = condition.get("actions")
         size = self.network.pattern.chunk
+        before = stream.frame if isinstance(stream.frame, np.integer) else 0  # or not known
+        self._check_slots(stream.cache.slots, before + chunks * size)
         if actions is not None:
-            actions = einops.rearrange(actions, "b (n c) -> n b c", n=chunks)
+            actions = einops.rearrange(actions, "b (n c) -> n b c", c=size)
 
         def body(stream, inputs):
             actions, sigmas, last = inputs
@@ -266,9 +297,26 @@ class Rollout(flax.struct.PyTreeNode):
         join = lambda x: einops.rearrange(x, "n b c ... -> b (n c) ...")
         return stream, Chunk(join(out.x0), join(out.x), jnp.repeat(out.sigma, size))
 
+    def _unroll_first(self, params, stream, condition, chunks, noise, sigmas, last):
+        """`unroll` from a first chunk of another length: that one, and then the others."""
+        first, actions, others = stream.first, condition.get("actions"), {}
+        if actions is not None:
+            actions, others = actions[:, :first], {"actions": actions[:, first:]}
+        sigmas = jnp.asarray(sigmas)
+        stream, one = self.chunk(params, stream, actions, noise, sigmas[0], last[0])
+        stream, out = self.unroll(params, stream, others, chunks - 1, noise, sigmas[1:], last[1:])
+        join = lambda a, b: jnp.concatenate([a, b], 1)
+        sigma = jnp.concatenate([jnp.broadcast_to(one.sigma, first), out.sigma])
+        return stream, Chunk(join(one.x0, out.x0), join(one.x, out.x), sigma)
+
     @jax.jit
     def clip(
-        self, params: Params, context: jax.Array, condition: Condition, rng: jax.Array
+        self,
+        params: Params,
+        context: jax.Array,
+        condition: Condition,
+        rng: jax.Array,
+        null: Condition | None = None,
     ) -> jax.Array:
         """Continues given frames.
 
@@ -277,23 +325,22 @@ class Rollout(flax.struct.PyTreeNode):
           condition: `actions` int32 `[B, K + N]`, the given frames' own ones first; and/or text.
             (A model without actions takes the number of frames from `actions` all the same.)
           rng: a key.
+          null: text to guide away from; see `start`.
 
         Returns:
           uint8 `[B, N, H, W, 3]`.
         """
         given = context.shape[1]
         total = condition["actions"].shape[1]
-        size = self.network.pattern.chunk
-        chunks = -(-(total - given) // size)
-        actions = jnp.pad(
-            condition["actions"], ((0, 0), (0, given + chunks * size - total)), "edge"
-        )
+        rollout = self.after(given)
+        ends = chunk_ends(rollout.network.pattern, given, total)
+        chunks, end = len(ends), int(ends.max(initial=total))
+        actions = jnp.pad(condition["actions"], ((0, 0), (0, end - total)), "edge")
         first = condition | {"actions": actions[:, :given]}
         later = condition | {"actions": actions[:, given:]}
 
-        rollout = self.after(given)
-        slots = self.network.pattern.window or total + size
-        stream = rollout.start(params, codec.encode(context), first, slots)
+        slots = self.network.pattern.window or end
+        stream = rollout.start(params, codec.encode(context), first, slots, null)
         noise = gaussian_noise(rng, stream.pending.shape)
         rows = np.minimum(np.arange(chunks), 1)  # the first schedule, then the other
         sigmas, last = jnp.asarray(self.sampler.sigmas)[rows], jnp.asarray(self.sampler.last)[rows]
@@ -301,12 +348,20 @@ class Rollout(flax.struct.PyTreeNode):
         return codec.decode(out.x0[:, : total - given])
 
     def after(self, given: int) -> "Rollout":
-        """The same rollout, its chunks counted from the end of the given frames."""
-        pattern = self.network.pattern.after(given)
-        return self.replace(network=dataclasses.replace(self.network, pattern=pattern))
+        """The same rollout from the end of the given frames on; see `Network.after`."""
+        return self.replace(network=self.network.after(given))
 
-    def _both(self, condition):
-        return condition if self.guidance == 1.0 else self.network.with_null(condition)
+    def _check_slots(self, slots: int, frames: int) -> None:
+        """Raises ValueError if a cache cannot hold what is to be seen of a clip of `frames`."""
+        window = self.network.pattern.window
+        needed = frames if window is None else min(frames, window)
+        if slots < needed:
+            raise ValueError(
+                f"the cache has {slots} slots; a clip of {frames} frames needs {needed}"
+            )
+
+    def _both(self, condition, null):
+        return condition if self.guidance == 1.0 else self.network.with_null(condition, null)
 
     def _evaluate(self, params, stream, x, sigma, frame, copy, actions):
         """Velocity `[B, ...]` and new keys and values of entries, guided on pairs."""
@@ -378,6 +433,22 @@ def for_stage(
     levels, first_levels = (flow.schedule(p, config.shift) for p in (positions, first))
     sampler = Sampler.create(levels, first_levels, flow.consistency_step)
     return Rollout(network, sampler, fused=fused)
+
+
+def chunk_ends(pattern: Pattern, given: int, frames: int) -> np.ndarray:
+    """Where the chunks of the frames `given` .. `frames` - 1 end: the first frame after each."""
+    return np.unique(pattern.chunk_end(np.arange(given, frames)))
+
+
+def draw_noise(noise: Noise, frame: jax.Array, step: jax.Array, size: int) -> jax.Array:
+    """The noise of `size` frames from `frame` on.
+
+    The length of what `noise` returns is its own; a first chunk may take more of it, or less.
+    """
+    drawn = noise(frame, step)
+    while drawn.shape[1] < size:
+        drawn = jnp.concatenate([drawn, noise(frame + drawn.shape[1], step)], 1)
+    return drawn[:, :size]
 
 
 def gaussian_noise(rng: jax.Array, shape: tuple[int, ...]) -> Noise:

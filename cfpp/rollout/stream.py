@@ -26,6 +26,7 @@ class Player:
       context: frames to start from, uint8 `[B, K, H, W, 3]`; K may be 0.
       condition: actions of these, int32 `[B, K]`, and/or text.
       rng: a key.
+      null: text to guide away from; see `Rollout.start`.
 
     Raises:
       ValueError: the pattern has no window.
@@ -38,11 +39,12 @@ class Player:
         context: np.ndarray,
         condition: Condition,
         rng: jax.Array,
+        null: Condition | None = None,
     ):
         self._rollout = rollout.after(context.shape[1])
         self._params = params
         self._rng = rng
-        self._stream = _start(self._rollout, params, jnp.asarray(context), condition)
+        self._stream = _start(self._rollout, params, jnp.asarray(context), condition, null)
         if mesh.ambient() is None:
             # An empty cache depends on no parameter, so JAX leaves open where it lives. Saying so
             # now saves the second chunk from being compiled anew.
@@ -51,23 +53,29 @@ class Player:
 
     @property
     def chunk(self) -> int:
-        """Frames generated at once."""
-        return self._rollout.network.pattern.chunk
+        """Frames generated at once, next: a first chunk may be of another length than the rest."""
+        return self._stream.first or self._rollout.network.pattern.chunk
 
     def play(self, actions: np.ndarray) -> np.ndarray:
         """Generates the next chunk.
 
         Args:
-          actions: int32 `[B, chunk]`.
+          actions: int32 `[B, chunk]`. For a first chunk of another length those of a later one will
+            do: the last is held to its end, and what it has no frames for is left out.
 
         Returns:
           uint8 `[B, chunk, H, W, 3]`.
         """
+        actions = jnp.asarray(actions, jnp.int32)
+        first = self._stream.first
+        if first is not None:
+            held = max(first - actions.shape[1], 0)
+            actions = jnp.pad(actions, ((0, 0), (0, held)), "edge")[:, :first]
         self._stream, video = _play(
             self._rollout,
             self._params,
             self._stream,
-            jnp.asarray(actions, jnp.int32),
+            actions,
             self._rng,
             self._schedule,
         )
@@ -76,8 +84,14 @@ class Player:
 
 
 @jax.jit
-def _start(rollout: Rollout, params: Params, context: jax.Array, condition: Condition) -> Stream:
-    return rollout.start(params, codec.encode(context), condition)
+def _start(
+    rollout: Rollout,
+    params: Params,
+    context: jax.Array,
+    condition: Condition,
+    null: Condition | None,
+) -> Stream:
+    return rollout.start(params, codec.encode(context), condition, null=null)
 
 
 @functools.partial(jax.jit, donate_argnums=2)

@@ -8,6 +8,7 @@ f(x, s) = x - s v(x, s):
     (2) L      = 1/2 | x - stopgrad(x - g) |^2                     for the student
     (3) L_fake = | v_fake(x_sigma, sigma) - (noise - x) |^2        for the critic, on fresh rollouts
 
+(1) is `gradient`, (2) is `loss`, and (3) is `flow.matching_loss` of the critic at a rollout x.
 `real` is frozen and guided, `fake` is the critic. With `config.real_score = 'bidirectional'` both
 see the whole clip at one noise level; with 'causal' both are teacher-forced on the student's own
 history (context-matched distillation, arXiv 2608.13391).
@@ -27,7 +28,7 @@ from cfpp import flow
 from cfpp.attention.cache import Cache
 from cfpp.models.dit import HISTORY_GRADIENTS
 from cfpp.models.network import Condition, Network, Params
-from cfpp.rollout.generate import Noise, Rollout, Sampler, gaussian_noise
+from cfpp.rollout.generate import Noise, Rollout, Sampler, chunk_ends, gaussian_noise
 from cfpp.stages.stage import (
     FLOATS,
     Stage,
@@ -154,19 +155,20 @@ def build(config) -> Stage:
         raise ValueError(f"given is {given}; it must be at least 0 and less than {frames} frames")
     network = Network.create(config.model, config.pattern)
     # Of scores and rollouts alike. What is replayed is what the rollout saw, so nothing is rounded.
-    network = Network(network.dit.clone(cache_dtype=""), network.pattern.after(given))
+    network = Network(network.dit.clone(cache_dtype=""), network.pattern).after(given)
     real_model = ml_collections.ConfigDict({**config.model, **config.real_model})
     real_network = Network(Network.create(real_model, config.pattern).dit, network.pattern)
     if config.real_model and not config.init_from.critic:
         raise ValueError(
             "init_from.critic is not set; a critic cannot start from a real score of another model"
         )
-    if (frames - given) % network.pattern.chunk:
+    ends = chunk_ends(network.pattern, given, frames)
+    if ends[-1] != frames:
         raise ValueError(
             f"{frames} frames less {given} given ones do not divide into chunks of "
-            f"{network.pattern.chunk}"
+            f"{network.pattern.chunk}: the last one ends after frame {ends[-1]}"
         )
-    chunks = (frames - given) // network.pattern.chunk
+    chunks = len(ends)
     sigmas = flow.schedule(config.positions, config.shift)
     first = flow.schedule(config.first_positions or config.positions, config.shift)
     sampler = Sampler.create(sigmas, first, flow.consistency_step)
@@ -277,5 +279,6 @@ def build(config) -> Stage:
         required=("student", "real"),
         optional=("critic",),
         parent_stages={"real": origin},
+        usual_parents={"student": ("consistency", "ode"), "critic": (origin,)},
         parent_models={"real": real_model},
     )

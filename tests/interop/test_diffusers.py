@@ -7,9 +7,8 @@ import pytest
 
 from cfpp import flow
 from cfpp.attention.pattern import Pattern
+from cfpp.interop import diffusers as interop
 from cfpp.interop.diffusers import from_diffusers, to_diffusers
-from cfpp.models.dit import DiT
-from cfpp.models.network import Network, guided, paired
 from cfpp.stages import consistency, dmd
 from tests.tiny import close
 
@@ -17,14 +16,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 CHANNELS, TEXT_DIM = 4, 20
-
-
-def network(heads: int, head_dim: int, layers: int, size: tuple[int, int, int]) -> Network:
-    dit = DiT(
-        channels=CHANNELS, height=size[1], width=size[2], patch=2, dim=heads * head_dim,
-        ffn_dim=48, heads=heads, layers=layers, frequency_dim=32, text_dim=TEXT_DIM,
-    )  # fmt: skip
-    return Network(dit, Pattern())
+CHUNKS = (0, 1, 1)  # which chunk a frame belongs to, where networks are teacher-forced
 
 
 def random_wan(heads: int, head_dim: int, layers: int, seed: int = 0):
@@ -67,7 +59,8 @@ def test_network(heads, head_dim, layers, size, length):
     """Float32 on both sides; one noise level a clip, as Wan 2.1 has, or one a frame."""
     model = random_wan(heads, head_dim, layers)
     frames, height, width = size
-    net, params = network(heads, head_dim, layers, size), from_diffusers(state_dict(model))
+    net, params = interop.network(state_dict(model), Pattern(), height, width, head_dim)
+    assert (net.dit.heads, net.dit.layers, net.dit.ffn_dim) == (heads, layers, 48)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, frames, height, width, CHANNELS), np.float32)
     text = rng.standard_normal((2, length, TEXT_DIM), np.float32)
@@ -111,30 +104,73 @@ def test_euler_scheduler(steps, shift):
         x = stepped
 
 
+class SharedPositions(torch.nn.Module):
+    """Rotary angles of `[clean frames | noisy frames]`."""
+
+    def __init__(self, rope):
+        super().__init__()
+        self.rope = rope
+
+    def forward(self, x):
+        return tuple(torch.cat([part, part], 1) for part in self.rope(x[:, :, : x.shape[2] // 2]))
+
+
+class Masked:
+    """Self-attention of `[clean frames | noisy frames]` by a dense mask of all their tokens."""
+
+    def __init__(self, processor, tokens):
+        frames = [(clean, chunk) for clean in (True, False) for chunk in CHUNKS]
+        sees = lambda query, key: (
+            key[1] < query[1] or (key[1] == query[1] and query[0]) if key[0] else query == key
+        )
+        mask = torch.tensor([[sees(query, key) for key in frames] for query in frames])
+        self.mask = mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        self.processor = processor
+
+    def __call__(self, attn, hidden_states, text=None, mask=None, rotary_emb=None):
+        return self.processor(attn, hidden_states, text, self.mask, rotary_emb)
+
+
 class Setting:
-    """Three networks on both sides, and two clips with texts to hold against the negative one."""
+    """Three networks on both sides, and two clips with texts and what to guide away from.
+
+    They see the whole clip at one noise level, or are teacher-forced on it, chunk by chunk.
+    """
 
     size = (3, 4, 6)
     names = "student", "ema", "teacher"
 
-    def __init__(self):
+    def __init__(self, forced=False):
         self.models = {n: random_wan(2, 12, 2, seed) for seed, n in enumerate(self.names)}
         self.params = {n: from_diffusers(state_dict(m)) for n, m in self.models.items()}
         rng = np.random.default_rng(0)
         draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
         self.x0, self.noise = draw(2, 2, *self.size, CHANNELS)
         self.texts = draw(2, 2, 5, TEXT_DIM)  # conditional, unconditional
+        self.forced = forced
+        pattern, student = Pattern(chunk=2, first_chunk=1), self.models["student"]
+        self.net, _ = interop.network(state_dict(student), pattern, *self.size[1:], 12)
+        if forced:
+            for model in self.models.values():
+                model.rope = SharedPositions(model.rope)
+                for block in model.blocks:
+                    block.attn1.processor = Masked(block.attn1.processor, self.net.dit.tokens)
 
     def ours(self, params, guidance=1.0):
-        net = network(2, 12, 2, self.size)
-        if guidance == 1.0:
-            return net.bidirectional(params, {"text": jnp.asarray(self.texts[0])})
-        pairs = net.bidirectional(params, {"text": paired(*self.texts)})
-        return guided(pairs, guidance)
+        given, null = ({"text": jnp.asarray(text)} for text in self.texts)
+        if self.forced:
+            return self.net.teacher_forced(params, self.x0, given, guidance, null)
+        return self.net.bidirectional(params, given, guidance, null)
 
     def theirs(self, name, x, sigma, guidance=1.0):
+        frames, t = x.shape[1], 1000 * sigma[:, 0]
+        if self.forced:
+            x = torch.cat([torch.tensor(self.x0), x], 1)
+            t = 1000 * torch.cat([0 * sigma, sigma], 1)
+            t = t.repeat_interleave(self.net.dit.tokens, 1)
         cond, uncond = (
-            evaluate(self.models[name], x, 1000 * sigma, torch.tensor(text)) for text in self.texts
+            evaluate(self.models[name], x, t, torch.tensor(text))[:, -frames:]
+            for text in self.texts
         )
         return cond if guidance == 1.0 else uncond + guidance * (cond - uncond)
 
@@ -144,11 +180,16 @@ class Setting:
             close(ours[name], parameter.grad.numpy(), 1e-4)
 
 
-def test_consistency_loss_and_its_gradients():
+at = lambda sigma: sigma[..., None, None, None]
+
+
+@pytest.mark.parametrize("forced", [False, True], ids=["bidirectional", "teacher-forced"])
+def test_consistency_loss_and_its_gradients(forced):
     """Stage 2 by PyTorch's own differentiation: target, loss, the gradient of all parameters."""
-    here, guidance = Setting(), 3.0
-    grid, k = flow.grid(48, 5.0), np.array([30, 47])
-    indices = jnp.asarray(k[:, None].repeat(3, 1))
+    here, guidance = Setting(forced), 3.0
+    grid = flow.grid(48, 5.0)
+    k = np.array([[30, 47, 47], [12, 40, 40]] if forced else [[30] * 3, [47] * 3])
+    indices = jnp.asarray(k)
 
     def loss(params):
         fields = (here.ours(params), here.ours(here.params["ema"]),
@@ -159,7 +200,6 @@ def test_consistency_loss_and_its_gradients():
     value, gradient = jax.jit(jax.value_and_grad(loss))(here.params["student"])
 
     s, s_next = torch.tensor(grid[k]), torch.tensor(grid[k + 1])
-    at = lambda level: level[:, None, None, None, None]
     x0, noise = torch.tensor(here.x0), torch.tensor(here.noise)
     x = (1 - at(s)) * x0 + at(s) * noise
     with torch.no_grad():
@@ -174,8 +214,8 @@ def test_consistency_loss_and_its_gradients():
 def test_matching_gradient_and_critic_loss():
     """Stage 3's gradient with respect to the sample, and its critic's loss and all gradients."""
     here, guidance = Setting(), 4.0
-    sigma = np.array([0.9, 0.3], np.float32)
-    levels = jnp.asarray(sigma[:, None].repeat(3, 1))
+    sigma = np.array([[0.9] * 3, [0.3] * 3], np.float32)
+    levels = jnp.asarray(sigma)
 
     @jax.jit
     def ours(params):
@@ -187,7 +227,6 @@ def test_matching_gradient_and_critic_loss():
     g, (critic_loss, gradient) = ours(here.params["student"])
 
     s = torch.tensor(sigma)
-    at = lambda level: level[:, None, None, None, None]
     x0, noise = torch.tensor(here.x0), torch.tensor(here.noise)
     x = (1 - at(s)) * x0 + at(s) * noise
     v = here.theirs("student", x, s)

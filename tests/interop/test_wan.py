@@ -1,5 +1,6 @@
 """The network against numbers that the paper's public PyTorch code computed with random weights."""
 
+import json
 import pathlib
 
 import jax
@@ -9,8 +10,8 @@ import pytest
 
 from cfpp import flow
 from cfpp.attention.pattern import CLEAN, Pattern, teacher_forced_entries
-from cfpp.interop import wan
-from cfpp.models.dit import DiT
+from cfpp.errors import UserError
+from cfpp.interop import diffusers, wan
 from cfpp.models.network import Network
 from cfpp.rollout.generate import Rollout, Sampler
 from tests.tiny import close
@@ -29,12 +30,8 @@ def weights():
     return pytest.importorskip("safetensors.numpy").load_file(REFERENCE / "weights_A.safetensors")
 
 
-def network(**pattern) -> Network:
-    dit = DiT(
-        channels=16, height=8, width=12, patch=2, dim=96, ffn_dim=160, heads=4, layers=2,
-        text_dim=32,
-    )  # fmt: skip
-    return Network(dit, Pattern(**pattern))
+def network() -> tuple[Network, dict]:
+    return wan.network(weights(), Pattern(), height=8, width=12, head_dim=24)
 
 
 def condition():
@@ -49,6 +46,32 @@ def test_weights_there_and_back():
         np.testing.assert_array_equal(back[name], value.astype(np.float32))
 
 
+def test_names_of_diffusers():
+    original = weights()
+    names = json.loads((REFERENCE / "diffusers_key_map.json").read_text())
+    assert names.keys() == original.keys()
+    renamed = diffusers.to_diffusers(wan.from_wan(original), patch=2)
+    assert renamed.keys() == set(names.values())
+    for name, theirs in names.items():
+        np.testing.assert_array_equal(renamed[theirs], original[name].astype(np.float32))
+
+
+def test_sizes_are_those_of_the_weights():
+    net, params = network()
+    sizes = dict(channels=16, patch=2, dim=96, ffn_dim=160, heads=4, layers=2, frequency_dim=256)
+    assert {name: getattr(net.dit, name) for name in sizes} == sizes and net.dit.text_dim == 32
+    renamed = diffusers.to_diffusers(params, patch=2)
+    assert diffusers.network(renamed, Pattern(), 8, 12, 24)[0] == net
+    with pytest.raises(ValueError, match="a width of 96 does not split into heads of 128"):
+        wan.network(weights(), Pattern(), 8, 12)
+    lacking = {name: x for name, x in weights().items() if name != "time_embedding.0.weight"}
+    with pytest.raises(ValueError, match="the weights lack time_embedding"):
+        wan.network(lacking, Pattern(), 8, 12, 24)
+    short = weights() | {"head.head.bias": np.zeros(3, np.float32)}
+    with pytest.raises(UserError, match=r"head/bias is float32\[3\] there and float32\[64\] in"):
+        wan.network(short, Pattern(), 8, 12, 24)
+
+
 def table(name: str, t: np.ndarray) -> np.ndarray:
     """The reference's slip: it reads sigma and weight from the entry of its 1000 nearest to t."""
     shift = {"train": 5.0, "shift8": 8.0}[name.split("_")[0]]
@@ -57,7 +80,7 @@ def table(name: str, t: np.ndarray) -> np.ndarray:
 
 
 def test_bidirectional():
-    net, params = network(), wan.from_wan(weights())
+    net, params = network()
     x, t = array("inputs", "noise"), array("a_bidirectional", "t")
     sigma = np.repeat(t[:, None] / 1000, 6, 1)
     velocity = jax.jit(lambda p: net.bidirectional(p, condition())(x, sigma))(params)
@@ -71,7 +94,7 @@ def test_bidirectional():
 
 def test_teacher_forced():
     """Stage 1 as the reference trains it: noised data, velocity, x0, weighted loss, gradients."""
-    net, params = network(), wan.from_wan(weights())
+    net, params = network()
     clean, noise = array("inputs", "clean"), array("inputs", "noise")
     theirs = lambda name: array("b_tf_framewise", name)
     sigma, weight = theirs("timestep") / 1000, table("train_weights", theirs("timestep"))
@@ -98,7 +121,7 @@ def test_teacher_forced():
 
 def test_history_at_another_time():
     """The reference's `aug_t`: the clean frames as they are, but told a noise level."""
-    net, params = network(), wan.from_wan(weights())
+    net, params = network()
     levels = [array("b_tf_framewise", name) / 1000 for name in ("aug_t", "timestep")]
     sigma = np.concatenate(levels, 1)
     x = np.concatenate([array("inputs", "clean"), array("b_tf_framewise", "noisy")], 1)
@@ -127,7 +150,7 @@ def kv_noise() -> jax.Array:
 
 def test_rollout_with_cache():
     """Two steps a frame, the reference's own noises."""
-    net, params = network(), wan.from_wan(weights())
+    net, params = network()
     levels = flow.schedule([1000, 500], 5.0)
     close(1000 * levels[:-1], array("e_kv_framewise", "steps"), 1e-6)
     noise = kv_noise()
@@ -147,7 +170,7 @@ def test_rollout_with_cache():
 
 def test_every_call_of_the_rollout():
     """Two denoising calls a frame, and the one at t = 0 that fills the cache."""
-    net, params = network(), wan.from_wan(weights())
+    net, params = network()
     text = {"text": jnp.asarray(array("e_kv_framewise", "cond"))}
     noise, levels = kv_noise(), flow.schedule([1000, 500], 5.0)
     theirs = array("e_kv_framewise", "call_flow")

@@ -1,0 +1,64 @@
+"""The tables of docs/method.md say what to call for each quantity, and it can be called."""
+
+import dataclasses
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cfpp import flow
+from cfpp.attention.pattern import Pattern, teacher_forced_entries
+from cfpp.interop import wan
+from cfpp.rollout.generate import Rollout, consistency
+from cfpp.stages import consistency as stage2
+from cfpp.stages import dmd, ode
+from tests import tiny
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "method.md"
+SECTION = PAGE.read_text().partition("## From quantity to function")[2]
+LINES = re.findall(r"^\| ([^|]+) \| `([^`]+)` \|$", SECTION, re.MULTILINE)
+FRAMES, CHUNKS = 6, 2
+
+
+def names():
+    """What the expressions speak of: a tiny network and arrays."""
+    sizes = dict(num_actions=0, text_dim=5, patch=2, layers=1)
+    net = tiny.network(Pattern(chunk=3), **sizes)
+    params, rollout = tiny.params(net), Rollout(net, consistency(2, 5.0), fused=False)
+    clean, noise, x = (tiny.latents(net, FRAMES, seed=seed) for seed in range(3))
+    text, null = ({"text": jnp.full((2, 4, 5), value)} for value in (0.5, -0.5))
+    sigma, last = jnp.full((2, FRAMES), 0.5), np.ones(CHUNKS, int)
+    noise_of = tiny.noise_table(net, FRAMES, 2)
+    stream = rollout.start(params, clean[:, :0], text, FRAMES)
+    field = net.teacher_forced(params, clean, text)
+    return dict(
+        dataclasses=dataclasses, wan=wan, flow=flow, consistency=stage2, ode=ode, dmd=dmd,
+        Pattern=Pattern, teacher_forced_entries=teacher_forced_entries,
+        weights=wan.to_wan(params, 2), height=8, width=12, head_dim=12,
+        net=net, params=params, rollout=rollout, stream=stream,
+        cache=net.dit.cache(2, FRAMES), condition=text, null=null, guidance=3.0,
+        slots=FRAMES, chunks=CHUNKS, frames=FRAMES,
+        given=clean[:, :3], clean=clean, noise=noise, noise_of=noise_of, x=x, inputs=x, endpoint=x,
+        x0=x[:, :3], frame=np.arange(3), level=jnp.zeros((2, 3)), sigma=sigma, last=last,
+        sigmas=jnp.asarray(rollout.sampler.sigmas), grid=jnp.asarray(flow.grid(4, 5.0)),
+        index=jnp.zeros((2, FRAMES), int), both=jnp.concatenate([clean, x], 1),
+        levels=jnp.concatenate([sigma, sigma], 1), teacher=field, student=field, ema=field,
+        real=field, fake=field, nearest=lambda s: s, weight=lambda s: s,
+        rounded=lambda s: s.astype(jnp.bfloat16),
+    )  # fmt: skip
+
+
+def test_the_page_has_its_tables():
+    assert len(LINES) == 21
+
+
+@pytest.mark.parametrize(("quantity", "expression"), LINES, ids=[name for name, _ in LINES])
+def test_it_can_be_called(quantity, expression):
+    """Traced, not run: what it returns is tested elsewhere."""
+    found = []
+    jax.eval_shape(lambda: found.append(eval(expression, names())))
+    if "loss" in expression:
+        assert found[0].shape == (2, FRAMES)
