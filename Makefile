@@ -3,11 +3,15 @@
 # make test-slow    the tests that take minutes each
 # make install      set up only: .venv with the pinned dependencies and this package
 # PYTHON=python3.12 before any of these chooses the interpreter (3.11 or newer).
+#
+# Only the tests need PyTorch. On Linux, PyPI's brings CUDA, several GB; the small one for CPUs comes
+# by PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test, where that can be reached.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+TESTABLE := $(VENV)/testable
 LIBTPU := $(VENV)/libtpu
 
 .PHONY: install quickstart test test-slow lint
@@ -20,20 +24,28 @@ quickstart: $(INSTALLED)
 test: lint $(LIBTPU)/installed
 	$(PYTEST) -m "not slow"
 
-test-slow: $(LIBTPU)/installed
+test-slow: $(TESTABLE) $(LIBTPU)/installed
 	$(PYTEST) -m slow
 
-lint: $(INSTALLED)
+lint: $(TESTABLE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST = PYTHONPATH=$(CURDIR)/$(LIBTPU) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto
 
 # The TPU's compiler works without a TPU. It has a place of its own, for tests: where JAX finds it,
-# every program looks for TPUs first and complains that there are none.
+# every program looks for TPUs first and complains that there are none. Other machines than Linux on
+# x86-64 have none, and leave those tests out.
 $(LIBTPU)/installed: $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
-	  --constraint constraints.txt --upgrade --target $(LIBTPU) libtpu
+	@mkdir -p $(LIBTPU)
+	$(PIP_INSTALL) --no-deps --upgrade --target $(LIBTPU) \
+	  'libtpu; platform_system == "Linux" and platform_machine == "x86_64"'
+	@touch $@
+
+$(TESTABLE): $(INSTALLED)
+	@echo "Installing what the tests need into $(VENV)."
+	$(PIP_INSTALL) --editable '.[atari,tensorboard,test]'
 	@touch $@
 
 # Reinstalls when the list of dependencies changes, and after an interrupted installation.
@@ -42,6 +54,5 @@ $(INSTALLED): setup.py constraints.txt
 	  { echo "error: $(PYTHON) must be Python 3.11 or newer; try PYTHON=python3.11 make ..."; exit 2; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing the dependencies into $(VENV): a few minutes the first time."
-	$(BIN)/pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --editable '.[atari,tensorboard,test]'
+	$(PIP_INSTALL) --editable '.[atari,tensorboard]'
 	@touch $@

@@ -7,6 +7,7 @@ The same command continues what was interrupted. Modules are imported late: a mi
 line is told at once.
 """
 
+import contextlib
 import difflib
 import os
 import runpy
@@ -51,15 +52,16 @@ def parse(argv: list[str]) -> list[str]:
 def parse_config(argv: list[str]) -> list[str]:
     """`parse` without --workdir, for other programs that take a configuration."""
     path = _config_path(argv)
+    default = _load(path) if path else Config()
     try:
         left_over = flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
-        raise UserError(_illegal_value(path, error)) from error
+        raise UserError(_illegal_value(default, error)) from error
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
     except (AttributeError, KeyError) as error:
-        raise UserError(_unknown_field(argv, path, error)) from error
-    _check_tuples(path)
+        raise UserError(_unknown_field(argv, path, default, error)) from error
+    _check_tuples(default)
     if len(left_over) > 1:
         raise UserError(f"unexpected argument {left_over[1]!r}; options start with --")
     return left_over
@@ -81,24 +83,19 @@ def _config_path(argv: list[str]) -> str:
     raise UserError("--config is missing; give a file such as configs/quickstart.py")
 
 
-def _illegal_value(path: str, error: flags.IllegalFlagValueError) -> str:
-    """Tells a config argument that `get_config` refused, or a value of a wrong type."""
+def _illegal_value(default: Config, error: flags.IllegalFlagValueError) -> str:
+    """Tells a value of a wrong type."""
     flag = str(error).partition(": ")[0].removeprefix("flag ")
-    if flag == f"--config={path}":
-        cause = error
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
-        return f"{flag}: {cause}"
     field = flag.partition("=")[0].removeprefix("--config.")
-    default = config_path.get_value(field, _load(path))
-    if isinstance(default, Config):
-        return f"{flag}: this is a group of fields; set --config.{field}.{next(iter(default))}, ..."
-    return f"{flag}: give a value of type {type(default).__name__}, as the default {default!r}"
+    value = config_path.get_value(field, default)
+    if isinstance(value, Config):
+        return f"{flag}: this is a group of fields; set --config.{field}.{next(iter(value))}, ..."
+    return f"{flag}: give a value of type {type(value).__name__}, as the default {value!r}"
 
 
-def _unknown_field(argv: list[str], path: str, error: Exception) -> str:
+def _unknown_field(argv: list[str], path: str, default: Config, error: Exception) -> str:
     """Tells the first --config.field that the configuration lacks, and the nearest it has."""
-    known = list(_fields(_load(path)))
+    known = list(_fields(default))
     for word in argv:
         field = word.partition("=")[0].lstrip("-").removeprefix("config.")
         if word.lstrip("-").startswith("config.") and field not in known:
@@ -107,9 +104,8 @@ def _unknown_field(argv: list[str], path: str, error: Exception) -> str:
     raise error
 
 
-def _check_tuples(path: str) -> None:
+def _check_tuples(default: Config) -> None:
     """Checks the elements of tuples on the command line, which `config_flags` leaves unchecked."""
-    default = _load(path)
     for field, value in flags.FLAGS["config"].override_values.items():
         wanted = config_path.get_value(field, default)
         if isinstance(wanted, tuple) and wanted:
@@ -119,9 +115,24 @@ def _check_tuples(path: str) -> None:
 
 
 def _load(path: str) -> Config:
-    """The configuration as its file has it, without the command line."""
+    """The configuration as its file has it, without the command line.
+
+    Raises:
+      UserError: the file is none of Python's, gives no configuration, or refuses the argument.
+    """
     file, *arg = path.split(":", 1)
-    return runpy.run_path(file)["get_config"](*arg)
+    try:
+        get_config = runpy.run_path(file).get("get_config", lambda *_: None)
+        config = get_config(*arg)
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"--config={path}: {kind}{' '.join(str(error).split())}") from error
+    if not isinstance(config, Config):
+        raise UserError(
+            f"--config={path}: {file} has no get_config that returns a ConfigDict; give a file "
+            "such as configs/quickstart.py"
+        )
+    return config
 
 
 def _fields(config: Config, prefix: str = "") -> Iterator[str]:
@@ -137,8 +148,6 @@ def run(config: Config, workdir: str, profile: bool = False) -> None:
     Raises:
       UserError: whatever the user can mend.
     """
-    from etils import epath
-
     from cfpp import paths
     from cfpp.parallel import hosts
     from cfpp.train import checkpoint, loop
@@ -149,26 +158,59 @@ def run(config: Config, workdir: str, profile: bool = False) -> None:
         loop.train(_absolute(config), workdir, profile)
         return
 
-    workdirs.claim(config, workdir)
-    has_trained = False
-    for name in config.jobs:
-        folder = os.path.join(workdir, name)
-        has_trained |= not checkpoint.is_finished(folder, config[name].steps)
-        try:
+    folders = {name: os.path.join(workdir, name) for name in config.jobs}
+    steps = {name: config[name].steps for name in config.jobs}
+    todo = [name for name in steps if not checkpoint.is_finished(folders[name], steps[name])]
+    _check(config, folders, todo)
+    workdirs.claim(config, workdir)  # only now: a mistake leaves no trace
+    for name, folder in folders.items():
+        with _naming(name):
             if not loop.train(_absolute(config[name], inside=True), folder, profile):
                 return  # interrupted
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
     if "evaluate" in config:
-        report = epath.Path(workdir) / "report"
-        if not has_trained and (report / "index.html").exists():
-            print(f"the report is in {report}")
-            return
         from cfpp import evaluate
 
         if hosts.is_first():
-            evaluate.run(config, workdir)
+            if todo or not evaluate.is_reported(config, workdir):
+                evaluate.run(config, workdir)
+            else:
+                print(f"the report is in {os.path.join(workdir, 'report')}")
         hosts.meet("evaluated")
+
+
+def _check(config: Config, folders: dict[str, str], todo: list[str]) -> None:
+    """Checks the jobs that are still to be done, and the evaluation, before any of them begins.
+
+    Args:
+      config: of all.
+      folders: the working directories of all jobs by name.
+      todo: names of those that have not finished.
+
+    Raises:
+      UserError: something in the configuration cannot be, or a parent that is none of the jobs.
+    """
+    from cfpp.train import checkpoint, loop
+    from cfpp.train import workdir as workdirs
+
+    ours = set(folders.values())
+    for name in todo:
+        with _naming(name):
+            job = workdirs.resolve(_absolute(config[name], inside=True), folders[name])
+            loop.check(job)
+            loop.parents(job, lambda path: path in ours or checkpoint.find_model(path))
+    if "evaluate" in config:
+        from cfpp import evaluate
+
+        evaluate.Settings(**config.evaluate)
+
+
+@contextlib.contextmanager
+def _naming(job: str) -> Iterator[None]:
+    """Puts the name of a job before the errors of its user."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{job}: {error}") from error
 
 
 def _absolute(config: Config, inside: bool = False) -> Config:

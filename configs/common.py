@@ -70,7 +70,7 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
     config.accumulate = 1  # parts of a batch gone through one after another, to save memory
     config.log_every = 20
     config.save_every = 100
-    config.sample_every = 0  # steps between sample videos; 0 is never
+    config.sample_every = 200  # steps between sample videos, with one at the end; 0 is never
     config.keep = 2  # checkpoints kept
 
     config.data = data(options)
@@ -91,9 +91,12 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
     config.init_from = ConfigDict()
     if options.world == "atari":
         config.batch_size = 4  # of 64 tokens a frame: more steps do more than larger ones
+    if options.smoke:
+        config.sample_every = 0
     if options.world == "wan_1_3b":
         config.batch_size = 64
         config.save_every = 250
+        config.sample_every = 0  # latents are no pictures
         config.pattern.first_chunk = None  # clips start from noise
         config.pattern.window = config.data.frames
         config.mesh.update({"data": 1, "fsdp": -1})
@@ -181,7 +184,7 @@ def model(options: ConfigDict) -> ConfigDict:
 def muon(rate: float = 0.02, adam_rate: float = 2e-3) -> ConfigDict:
     """Muon on all matrices, Adam on the rest: by far the fastest start for small models."""
     config = optimizer("muon", rate)
-    config.adam_rate = adam_rate
+    config.adam_rate = adam_rate  # the peak of what is not Muon's
     return config
 
 
@@ -190,6 +193,7 @@ def wan_optimizer(rate: float = 2e-6) -> ConfigDict:
     config = optimizer("adamw", rate)
     config.b1 = 0.0
     config.schedule, config.warmup = "constant", 0
+    del config.final_rate
     return config
 
 
@@ -198,7 +202,6 @@ def optimizer(name: str, rate: float) -> ConfigDict:
     config = ConfigDict()
     config.name = name
     config.rate = rate  # the peak
-    config.adam_rate = rate  # Muon's Adam part
     config.b1, config.b2 = 0.9, 0.999
     config.mu_dtype = "float32"  # of the first moment
     config.weight_decay = 0.0

@@ -14,6 +14,7 @@ def get_config(arg: str = ""):
     config.given_rate = 0.5  # how often the first frame is given
     config.drop_rate = 0.0  # how often the condition is dropped, for guidance
     del config.guidance  # the base is sampled as it is
+    del config.frozen_dtype  # no network only lends its output
     config.init_from.base = ""  # a model to start from, or ''
     if options.world == "wan_1_3b":
         config.steps = 20_000

@@ -14,6 +14,7 @@ def get_config(arg: str = ""):
     config.draws = 1  # noisy draws that share a clean pass
     config.sigma_floor = 0.3  # noise levels below weigh less
     config.drop_rate = 0.0  # how often the condition is dropped, for guidance
+    del config.frozen_dtype  # no network only lends its output
     config.init_from.base = ""  # the stage-0 model to start from, or ''
     if options.world == "wan_1_3b":
         config.steps = 20_000

@@ -1,16 +1,20 @@
-"""The configurations at Wan's size, as far as shapes tell."""
+"""The configurations, those at Wan's size too, as far as shapes tell."""
 
 import importlib
 import math
 
+import flax.linen as nn
 import jax
+import ml_collections
 import pytest
 
-from cfpp import main
+from cfpp import evaluate, main, stages
 from cfpp.data import pipeline
 from cfpp.errors import UserError
 from cfpp.models.network import Network
+from cfpp.rollout import generate
 from cfpp.train import loop
+from configs import quickstart
 
 STAGES = ("stage0", "stage1", "stage2", "stage2_ode", "stage3")
 WAN_1_3B, WAN_14B = 1_418_996_800, 14_288_491_584  # parameters of the published weights
@@ -63,6 +67,72 @@ def test_the_teacher_of_stage_3_may_be_larger():
 def test_arguments_that_cannot_be(stage, arg, message):
     with pytest.raises(ValueError, match=message):
         config_of(stage, arg)
+
+
+def trace(config):
+    """Builds a stage and traces its functions, all but running it; returns the metrics' shapes."""
+    stage = stages.build(config)
+
+    def shapes(role):
+        model = stage.parent_models.get(role, config.model)
+        return nn.meta.unbox(Network.create(model, config.pattern).shapes())
+
+    parents = {role: shapes(role) for role, path in config.init_from.items() if path}
+    state = nn.meta.unbox(jax.eval_shape(stage.init, jax.random.key(0), parents))
+    return jax.eval_shape(stage.step, state, pipeline.batch_shapes(config), jax.random.key(0))[1]
+
+
+@pytest.mark.parametrize("variant", quickstart.STEPS)
+def test_every_stage_of_every_quickstart_can_be_built(variant):
+    config = quickstart.get_config(variant).copy_and_resolve_references()
+    for name in config.jobs:
+        loop.check(config[name])
+        assert trace(config[name])["loss"].shape == ()
+    evaluate.Settings(**config.evaluate)
+
+
+@pytest.mark.parametrize("arg", ["", "wan_1_3b"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_field_is_read(stage, arg, monkeypatch):
+    """By the stage or by what generates from its model, so that none can be set in vain."""
+    config = config_of(stage, arg)
+    by_the_loop = {"seed", "log_every", "save_every", "sample_every", "keep", "mesh"}
+    groups = {"config": config} | {name: group for name, group in config.items() if "ptim" in name}
+    known = {(id(group), field) for group in groups.values() for field in group}
+    read, get = set(), ml_collections.ConfigDict.__getitem__
+
+    def noting(group, field):
+        read.add((id(group), field))
+        return get(group, field)
+
+    monkeypatch.setattr(ml_collections.ConfigDict, "__getitem__", noting)
+    trace(config)
+    if config.stage != "bidirectional":
+        generate.for_stage(config)
+    assert {field for _, field in known - read} <= by_the_loop
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model.patch", 0, "model.patch is 0; it must be at least 1"),
+        ("model.dim", 0, "model.dim is 0; it must be at least 1"),
+        ("model.heads", -1, "model.heads is -1; it must be at least 1"),
+        ("model.ffn_dim", 0, "model.ffn_dim is 0; it must be at least 1"),
+        ("model.layers", -2, "model.layers is -2; it must be at least 1"),
+        ("model.text_dim", 8, "config.model.text_dim is 8, but arena gives RGB pixels and no text"),
+        ("data.text_tokens", 5, "config.data.text_tokens is 5, but arena gives RGB pixels"),
+        ("data.latents", True, "config.data.latents is True, but arena gives RGB pixels"),
+        ("model.channels", 4, "config.model.channels is 4, but arena gives RGB pixels"),
+        ("data.frames", 65, "config.data.frames is 65, but episodes have 64 frames"),
+        ("mesh.data", 3, "it does not multiply to"),
+    ],
+)
+def test_fields_that_cannot_be(field, value, message):
+    config = config_of("stage1", "")
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=message):
+        loop.check(config)
 
 
 def test_training_without_a_source_of_latents_is_told(tmp_path):

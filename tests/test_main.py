@@ -1,3 +1,6 @@
+import dataclasses
+import json
+import math
 import os
 import pathlib
 import re
@@ -9,8 +12,10 @@ from unittest import mock
 import ml_collections
 import pytest
 
-from cfpp import main
+from cfpp import evaluate, export, main
 from cfpp.errors import UserError
+from cfpp.evaluate import __main__ as evaluation_command
+from cfpp.rollout import __main__ as rollout_command
 from cfpp.train import checkpoint, loop
 from configs import quickstart
 from tests.train import fake
@@ -30,6 +35,8 @@ def command(*arguments, module="cfpp.main"):
     [
         ([], "--config is missing; give a file such as configs/quickstart.py"),
         (["--config=configs/stage9.py"], "there is no file 'configs/stage9.py'"),
+        (["--config=README.md"], "--config=README.md: SyntaxError: "),
+        (["--config=configs/common.py"], "configs/common.py has no get_config that returns"),
         (["--config=configs/stage1.py:nonsense"], "config argument 'nonsense' is none of arena"),
         ([STAGE1, "--config.modle.dim=64"], "no such field; the nearest is model.dim"),
         ([STAGE1, "--config.model.dmi=64"], "no such field; the nearest is model.dim"),
@@ -104,10 +111,12 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
 def job():
     """Two stages, the second from the first, and an evaluation that only notes that it ran."""
 
-    def evaluate(config, workdir):
-        report = pathlib.Path(workdir) / "report"
-        report.mkdir()
-        (report / "index.html").write_text("")
+    def report(config, workdir):
+        folder = pathlib.Path(workdir) / "report"
+        folder.mkdir(exist_ok=True)
+        settings = dataclasses.asdict(evaluate.Settings(**config.evaluate))
+        (folder / "results.json").write_text(json.dumps({"settings": settings}))
+        (folder / "index.html").write_text("")
 
     config = ml_collections.ConfigDict(
         {
@@ -117,7 +126,7 @@ def job():
             "evaluate": {"frames": 3},
         }
     )
-    patches = [*fake.patches(), mock.patch("cfpp.evaluate.run", side_effect=evaluate)]
+    patches = [*fake.patches(), mock.patch("cfpp.evaluate.run", side_effect=report)]
     evaluation = [patch.start() for patch in patches][-1]
     yield config, evaluation
     for patch in patches:
@@ -141,6 +150,69 @@ def test_a_job_of_several_stages(job, tmp_path, capsys):
     assert checkpoint.load_model(tmp_path / "moved")[0].init_from.teacher == str(
         tmp_path / "moved/first"
     )
+
+
+def test_a_finished_job_evaluates_anew_with_other_settings(job, tmp_path):
+    config, evaluation = job
+    main.run(config, str(tmp_path))
+    for frames, times in ((3, 1), (5, 2), (5, 2)):
+        config.evaluate.frames = frames
+        main.run(config, str(tmp_path))
+        assert evaluation.call_count == times
+
+
+@pytest.mark.parametrize(
+    "group, field, value, message",
+    [
+        ("first", "steps", 0, r"^first: config\.steps is 0"),
+        ("second", "batch_size", -1, r"^second: config\.batch_size is -1"),
+        ("second", "stage", "nonsense", r"^second: config\.stage must be"),
+        ("second", "mesh", {"data": 3}, r"^second: config\.mesh is data=3"),
+        ("second", "init_from", {"teacher": "../frist"}, r"^second: config\.init_from\.teacher: "),
+        ("evaluate", "frames", 0, r"^evaluate\.frames is 0"),
+    ],
+)
+def test_a_mistake_in_any_stage_leaves_no_trace(job, tmp_path, group, field, value, message):
+    config, _ = job
+    right = config.copy_and_resolve_references()
+    config[group].update({field: value})
+    with pytest.raises(UserError, match=message):
+        main.run(config, str(tmp_path / "job"))
+    assert not (tmp_path / "job").exists()
+    main.run(right, str(tmp_path / "job"))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[]", r"config\.json is damaged, no configuration but \[\]"),
+        ('{"stage": "dmd"}', r"config\.json is damaged, it has no field data\.directory;"),
+        ('{"stage": "dmd", "data": 3}', r"it has no field data\.directory;"),
+        ('{"jobs": []}', r"config\.json is damaged, it has no field stage;"),
+    ],
+)
+def test_a_damaged_configuration_is_told(job, tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    rollout = rollout_command.parse([f"--workdir={tmp_path}"])
+    for start in (
+        lambda: export.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}"]),
+        lambda: rollout_command.run(rollout),
+        lambda: evaluation_command.main([f"--workdir={tmp_path}"]),
+    ):
+        with pytest.raises(UserError, match=message):
+            start()
+    with pytest.raises(UserError, match=r"damaged|was made with another configuration"):
+        main.run(job[0].first, str(tmp_path))
+
+
+def test_a_configuration_without_what_is_needed_is_told(tmp_path):
+    fields = {"stage": "dmd", "data": {"directory": ""}, "init_from": {}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    with pytest.raises(UserError, match="it has no field model"):
+        rollout_command.run(rollout_command.parse([f"--workdir={tmp_path}"]))
+    with pytest.raises(UserError, match="it has no field steps"):
+        evaluation_command.main([f"--workdir={tmp_path}"])
 
 
 def test_a_job_of_several_stages_refuses_another_config(job, tmp_path):
@@ -175,6 +247,24 @@ def test_paths_mean_the_same_from_everywhere(tmp_path, monkeypatch):
     config, workdir, _ = train.call_args.args
     assert config.init_from.teacher == str(tmp_path.parent / "runs/a")
     assert workdir == str(tmp_path / "runs/b")
+
+
+@pytest.mark.slow
+def test_the_smoke_quickstart_to_its_report(tmp_path):
+    """Nothing is replaced: data, four stages, their evaluation, and the same command again."""
+    config = quickstart.get_config("smoke")
+    main.run(config.lock(), str(tmp_path / "run"))
+    report = tmp_path / "run/report"
+    results = json.loads((report / "results.json").read_text())
+    assert [job["name"] for job in results["jobs"]] == list(config.jobs)
+    keys = [row["key"] for row in results["rows"]]
+    assert {"real", "ar_48", "cd_1", "dmd_2", "base_48"} <= {*keys} and len(keys) == 13
+    for row in results["rows"]:
+        assert (report / "videos" / f"{row['key']}.mp4").stat().st_size > 0
+        assert all(math.isfinite(figure["mean"]) for figure in row["figures"].values())
+    written = (report / "index.html").stat().st_mtime
+    main.run(config, str(tmp_path / "run"))
+    assert (report / "index.html").stat().st_mtime == written
 
 
 def test_export_mistakes_are_one_line(tmp_path):

@@ -1,5 +1,7 @@
 """The evaluation as a job: every finished model of a work directory, then the report."""
 
+import dataclasses
+import json
 import time
 
 import jax
@@ -22,6 +24,17 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
         few, or the report cannot be written.
     """
     evaluate(workdir, Settings(**config.evaluate))
+
+
+def is_reported(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool:
+    """Whether `workdir/report` is whole, and made with the settings of `config.evaluate`."""
+    folder = epath.Path(workdir) / "report"
+    try:
+        settings = json.loads((folder / "results.json").read_text())["settings"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+    is_whole = (folder / "index.html").exists()  # it is written last
+    return is_whole and settings == dataclasses.asdict(Settings(**config.evaluate))
 
 
 def evaluate(workdir: epath.PathLike, settings: Settings) -> None:

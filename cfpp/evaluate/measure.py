@@ -44,11 +44,14 @@ class Settings:
             "starts": 2,
             "samples": 1,
             "probe_steps": 1,
+            "seed": 0,
         }.items():
             if getattr(self, field) < least:
                 raise UserError(
                     f"evaluate.{field} is {getattr(self, field)}; it must be at least {least}"
                 )
+        if self.seed >= 2**32:
+            raise UserError(f"evaluate.seed is {self.seed}; it must be less than 2**32")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,6 +96,9 @@ def find_stages(
         for folder in folders
         if (folder / "config.json").exists()
     }
+    for folder, config in begun.items():
+        fields = ("steps", "batch_size", "model", "pattern", "shift")
+        workdirs.require(config, folder / "config.json", fields)
     finished = {
         folder: config
         for folder, config in begun.items()

@@ -32,7 +32,7 @@ def read_job(workdir: epath.Path, stage: str, steps: int, batch_size: int) -> Jo
 
 
 def write(report: Report, folder: epath.PathLike) -> None:
-    """Writes the report into a folder, which is made if it is missing.
+    """Writes the report into a folder, which is made if it is missing; `index.html` comes last.
 
     Raises:
       UserError: the folder cannot be written.
@@ -40,6 +40,7 @@ def write(report: Report, folder: epath.PathLike) -> None:
     folder = epath.Path(folder)
     try:
         (folder / "videos").mkdir(parents=True, exist_ok=True)
+        (folder / "index.html").unlink(missing_ok=True)  # of another report, no longer whole
         media.write_image(folder / "comparison.png", pictures.comparison(report))
         if report.row("real").by_frame:
             pictures.plot_by_frame(report, folder / "by_frame.png")

@@ -5,12 +5,26 @@ import jax.numpy as jnp
 
 
 def encode(video: jax.Array) -> jax.Array:
-    """Maps uint8 video to float32 latents in [-1, 1]. Floats are latents already."""
+    """Maps a video to latents, value by value.
+
+    Args:
+      video: of any shape, `[..., H, W, C]`; uint8, or floats, which are latents already.
+
+    Returns:
+      float32 of the same shape: bytes 0 .. 255 as -1 .. 1, latents as they are.
+    """
     if jnp.issubdtype(video.dtype, jnp.floating):
         return video.astype(jnp.float32)
     return video.astype(jnp.float32) / 127.5 - 1
 
 
 def decode(latents: jax.Array) -> jax.Array:
-    """Maps latents back to uint8 video, clipped to what a byte can hold."""
+    """Maps latents of pixels back to bytes: the inverse of `encode`, value by value.
+
+    Args:
+      latents: float `[..., H, W, C]`; what lies outside of [-1, 1] is clipped.
+
+    Returns:
+      uint8 of the same shape.
+    """
     return jnp.clip(jnp.round((latents + 1) * 127.5), 0, 255).astype(jnp.uint8)

@@ -6,8 +6,10 @@ python -m cfpp.rollout --workdir=runs/quickstart --frames=200 --steps=2 --out=pl
 import argparse
 import contextlib
 import itertools
+import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import ml_collections
@@ -108,7 +110,11 @@ def first_frames(options: argparse.Namespace, config: ml_collections.ConfigDict)
         try:
             return pipeline.test_clips(workdirs.resolve(config, folder).data, 1, 1)["video"]
         except UserError as error:
-            print(f"starting from noise: {error}")
+            why = str(error)
+    else:
+        why = "an export has no held-out frames"
+    trained = ", as the model was trained to" if config.get("given") else ""
+    print(f"starting from noise: {why}; --first_frame=PICTURE starts from a frame{trained}")
     return np.zeros((1, 0, height, width, 3), np.uint8)
 
 
@@ -119,12 +125,30 @@ def load(options: argparse.Namespace) -> tuple[ml_collections.ConfigDict, Params
       UserError: there is no such model, or it does not divide over the mesh.
     """
     path = options.workdir or options.checkpoint
+    folder, config = checkpoint.find_model(path)
+    workdirs.require(config, folder / "config.json", ("model", "pattern", "shift"))
     if not options.mesh:
         return checkpoint.load_model(path)
-    config, device_mesh = checkpoint.find_model(path)[1], jax.sharding.get_mesh()
+    device_mesh = jax.sharding.get_mesh()
     mesh.check(device_mesh, config.model)
     network = Network.create(config.model, config.pattern)
     return checkpoint.load_model(path, mesh.state_shardings(network.shapes(), device_mesh))
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[Callable[[], bool]]:
+    """While open, Ctrl-C is only noted, as the yielded function tells; a second one ends all."""
+    received = []
+
+    def note(*_):
+        received.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -171,10 +195,11 @@ def stream(options: argparse.Namespace) -> None:
     with (
         media.Mp4Writer(options.out, FRAMES_PER_SECOND, options.scale) as writer,
         tqdm(total=options.frames, unit="frame") as progress,
+        interruption() as interrupted,
     ):
         begin = time.perf_counter()
         session = player()
-        while done < options.frames:
+        while done < options.frames and not (done and interrupted()):
             frames = play(session)
             seconds.append(time.perf_counter() - begin)
             for frame in frames[: options.frames - done]:
@@ -183,7 +208,8 @@ def stream(options: argparse.Namespace) -> None:
                 progress.update()
             begin = time.perf_counter()
 
-    print(f"{options.out}: {done} frames by the {config.stage} model")
+    ended = "" if done == options.frames else f", interrupted: {options.frames} were asked for"
+    print(f"{options.out}: {done} frames by the {config.stage} model{ended}")
     print(f"first frame after: {1000 * seconds[0]:.1f} ms, the cache filled and all compiled")
     if len(seconds) > 1:
         rate = chunk * (len(seconds) - 1) / sum(seconds[1:])
@@ -192,5 +218,8 @@ def stream(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        run(parse())
+    try:
+        with exit_on_user_error():
+            run(parse())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -51,4 +51,5 @@ def build(config) -> Stage:
 
         return descend(state, transform, loss, (clean, condition, x0, noise, sigma), config)
 
-    return Stage(init, step, optional=("base",))
+    usual = {"base": ("bidirectional", "ar_diffusion")}
+    return Stage(init, step, optional=("base",), usual_parents=usual)

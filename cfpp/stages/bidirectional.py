@@ -45,4 +45,4 @@ def build(config) -> Stage:
 
         return descend(state, transform, loss, (condition, x0, noise, sigma, weight), config)
 
-    return Stage(init, step, optional=("base",))
+    return Stage(init, step, optional=("base",), usual_parents={"base": ("bidirectional",)})

@@ -129,4 +129,6 @@ def build(config) -> Stage:
 
         return descend(state, transform, mean_loss, (clean, condition, x0, noise, index), config)
 
-    return Stage(init, step, required=("teacher",))
+    # From a bidirectional teacher it can be tried too, as an ablation of the paper does.
+    usual = {"teacher": ("ar_diffusion",)}
+    return Stage(init, step, required=("teacher",), usual_parents=usual)

@@ -95,4 +95,6 @@ def build(config) -> Stage:
 
         return descend(state, transform, mean_loss, (clean, condition, noise), config)
 
-    return Stage(init, step, required=("teacher",))
+    # From a bidirectional teacher it can be tried too, as an ablation of the paper does.
+    usual = {"teacher": ("ar_diffusion",)}
+    return Stage(init, step, required=("teacher",), usual_parents=usual)

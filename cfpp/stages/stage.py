@@ -49,6 +49,7 @@ class Stage(NamedTuple):
       step: `(state, batch, rng) -> (state, metrics)`, with scalar metrics, one of them `loss`.
       required, optional: roles in `config.init_from` that must and that may be given.
       parent_stages: the stage that a role's model must come from, where it matters.
+      usual_parents: the stages that a role's model comes from in the recipe; others are possible.
       parent_models: the model of a role where it is not `config.model`.
     """
 
@@ -57,6 +58,7 @@ class Stage(NamedTuple):
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     parent_stages: Mapping[str, str] = types.MappingProxyType({})
+    usual_parents: Mapping[str, tuple[str, ...]] = types.MappingProxyType({})
     parent_models: Mapping[str, ml_collections.ConfigDict] = types.MappingProxyType({})
 
 
@@ -67,7 +69,16 @@ def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
 
 
 def clip(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
-    """Latents and condition of a batch from the input pipeline."""
+    """Latents and condition of a batch from the input pipeline.
+
+    Args:
+      batch: `video` `[B, F, H, W, C]`, uint8 or latents; `actions` int32 `[B, F]` and/or `text`
+        float `[B, length, text_dim]`, where the data have them.
+
+    Returns:
+      The latents, float32 `[B, F, H, W, C]`, of pixels in [-1, 1]; the condition: what the batch
+      has of actions and text, as it is.
+    """
     condition = {name: batch[name] for name in ("actions", "text") if name in batch}
     return codec.encode(batch["video"]), condition
 
@@ -90,12 +101,15 @@ def freeze(params: Params, dtype: str) -> Params:
 def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
     """The optimizer of `config.optimizer`: 'adamw' or 'muon', clipped, warmed up and decayed.
 
-    Muon orthogonalises the updates of all matrices; Adam moves everything else.
+    Muon orthogonalises the updates of all matrices; Adam moves everything else, at `adam_rate` or,
+    where the configuration has none, at `rate`. The cosine ends at the share `final_rate` of the
+    peak or, without one, at 0.
     """
+    final_rate, adam_rate = config.get("final_rate", 0.0), config.get("adam_rate", config.rate)
     rates = {
         "constant": lambda peak: optax.schedules.warmup_constant_schedule(0.0, peak, config.warmup),
         "cosine": lambda peak: optax.schedules.warmup_cosine_decay_schedule(
-            0.0, peak, config.warmup, max(steps, config.warmup + 1), config.final_rate * peak
+            0.0, peak, config.warmup, max(steps, config.warmup + 1), final_rate * peak
         ),
     }
     check_choice("optimizer.schedule", config.schedule, tuple(rates))
@@ -113,7 +127,7 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
     else:
         update = optax.contrib.muon(
             rate(config.rate),
-            adam_learning_rate=rate(config.adam_rate),
+            adam_learning_rate=rate(adam_rate),
             adam_b1=config.b1,
             adam_b2=config.b2,
             mu_dtype=config.mu_dtype,

@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from flax import traverse_util
+from jax.sharding import Mesh
 
 from cfpp import stages
 from cfpp.data import pipeline, sources
@@ -22,14 +23,50 @@ from cfpp.train import checkpoint, metrics, program, shapes
 from cfpp.train import workdir as workdirs
 from cfpp.train.samples import samples
 
-# Fields of stages, where they have them.
+MOST = 2**31 - 1  # of whole numbers: a state counts in 32 bits
+BELOW_1 = 1 - 1e-6  # of averages, which at 1 would never move
+
+OPTIMIZER_RANGES = {
+    "rate": (0.0, 10.0),
+    "adam_rate": (0.0, 10.0),
+    "b1": (0.0, BELOW_1),
+    "b2": (0.0, BELOW_1),
+    "weight_decay": (0.0, 10.0),
+    "clip": (1e-6, 1e9),
+    "warmup": (0, MOST),
+    "final_rate": (0.0, 1.0),
+}
+
+# Numbers of a stage's configuration, where it has them: the least and the greatest. What a model
+# needs besides is checked where it is built.
 RANGES = {
+    "steps": (1, MOST),
+    "batch_size": (1, MOST),
+    "accumulate": (1, MOST),
+    "seed": (0, 2**32 - 1),
+    "log_every": (1, MOST),
+    "save_every": (1, MOST),
+    "sample_every": (0, MOST),
+    "keep": (1, MOST),
     "draws": (1, 64),
     "shift": (0.01, 100.0),
     "score_shift": (0.01, 100.0),
+    "sigma_floor": (0.0, 1.0),
     "drop_rate": (0.0, 1.0),
     "given_rate": (0.0, 1.0),
     "grid_steps": (1, 1000),
+    "guidance": (0.0, 100.0),
+    "ema.decay": (0.0, BELOW_1),
+    "ema.start": (0, MOST),
+    "data.frames": (1, MOST),
+    "data.text_tokens": (0, MOST),
+    "data.workers": (0, 1024),
+    "data.episodes": (1, MOST),
+    "data.episode_frames": (1, MOST),
+    "model.rotary_base": (1.0, 1e9),
+    "model.gate_init": (-100.0, 100.0),
+    **{f"optimizer.{name}": limits for name, limits in OPTIMIZER_RANGES.items()},
+    **{f"critic_optimizer.{name}": limits for name, limits in OPTIMIZER_RANGES.items()},
 }
 
 # Fields of a model that its parents need not share.
@@ -89,9 +126,9 @@ def train(
         stack.enter_context(contextlib.closing(checkpoints))
         state = checkpoints.restore(programs.state, data)
         if state is None:
-            replicated = NamedSharding(device_mesh, PartitionSpec())
-            loaded = parents(config, lambda path: checkpoint.load_model(path, replicated)[1])
-            state = programs.init(loaded)
+            load = lambda path, sharding: checkpoint.load_model(path, sharding)[1]
+            # Unnamed, so that nothing keeps them beside the state.
+            state = programs.init(parents(config, load, programs.parents))
         start = int(state.step)
 
         writer = stack.enter_context(contextlib.closing(metrics.writer(workdir, start)))
@@ -134,7 +171,7 @@ def train(
                 if not is_finite:
                     raise diverged("state", step, checkpoints)
                 checkpoints.save(step, state, fingerprint, data)
-            if config.sample_every and step % config.sample_every == 0:
+            if config.sample_every and (step % config.sample_every == 0 or step == config.steps):
                 with jax.set_mesh(device_mesh):
                     samples(config, state, step, writer, workdir)
             if is_last:
@@ -151,25 +188,55 @@ def train(
         return True
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+    """Checks a stage as far as that goes without its data, its parents and a working directory.
+
+    Raises:
+      UserError: something in the configuration cannot be.
+    """
+    validate(config)
+    sources.check(config.data)
+    build_stage(config)
+    device_mesh = mesh.create(config.mesh)
+    mesh.check(device_mesh, config.model)
+    mesh.batch_sharding(device_mesh, config.batch_size, config.accumulate)
+
+
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Checks the numbers that stages have in common.
+    """Checks the numbers that stages have in common, and that data and model fit one another.
 
     Raises:
       UserError: names the first that is out of range.
     """
-    least = {"steps": 1, "batch_size": 1, "log_every": 1, "save_every": 1, "sample_every": 0}
-    for name, minimum in (least | {"keep": 1, "accumulate": 1}).items():
-        if config[name] < minimum:
-            raise UserError(f"config.{name} is {config[name]}; it must be at least {minimum}")
+    fields = traverse_util.flatten_dict(config.to_dict(), sep=".")
     for name, (low, high) in RANGES.items():
-        if name in config and not low <= config[name] <= high:
-            raise UserError(f"config.{name} is {config[name]}; it must be from {low} to {high}")
+        if name in fields and not low <= fields[name] <= high:
+            wanted = f"at least {low}" if fields[name] < low else f"from {low} to {high}"
+            raise UserError(f"config.{name} is {fields[name]}; it must be {wanted}")
     for name in ("height", "width", "num_actions"):
         if name in config.model and config.model[name] != config.data[name]:
             raise UserError(
                 f"config.model.{name} is {config.model[name]} and config.data.{name} is "
                 f"{config.data[name]}; they must be the same"
             )
+    # All sources that there are give pixels, and no texts; without one a job is for `cfpp.aot`.
+    for name, value in {
+        "data.latents": False,
+        "data.text_tokens": 0,
+        "model.text_dim": 0,
+        "model.channels": 3,
+    }.items():
+        if config.data.name and fields.get(name, value) != value:
+            raise UserError(
+                f"config.{name} is {fields[name]}, but {config.data.name} gives RGB pixels and no "
+                f"text; it must be {value}"
+            )
+    is_recorded = not config.data.name.startswith("tfds:") and "episode_frames" in config.data
+    if is_recorded and config.data.frames > config.data.episode_frames:
+        raise UserError(
+            f"config.data.frames is {config.data.frames}, but episodes have "
+            f"{config.data.episode_frames} frames (config.data.episode_frames); give fewer"
+        )
 
 
 def build_stage(config: ml_collections.ConfigDict) -> stages.Stage:
@@ -198,8 +265,15 @@ def build_stage(config: ml_collections.ConfigDict) -> stages.Stage:
     return stage
 
 
-def parents(config: ml_collections.ConfigDict, load: Callable[[str], Any]) -> dict[str, Any]:
+def parents(
+    config: ml_collections.ConfigDict, load: Callable[..., Any], *more: Mapping[str, Any]
+) -> dict[str, Any]:
     """Loads the parents of `config.init_from` by role.
+
+    Args:
+      config: of a stage.
+      load: called with a parent's path, and with what each of `more` has for its role.
+      *more: values by role.
 
     Raises:
       UserError: one of them cannot be loaded.
@@ -208,7 +282,7 @@ def parents(config: ml_collections.ConfigDict, load: Callable[[str], Any]) -> di
     for role, path in config.init_from.items():
         try:
             if path:
-                loaded[role] = load(path)
+                loaded[role] = load(path, *(values[role] for values in more))
         except UserError as error:
             raise UserError(f"config.init_from.{role}: {error}") from error
     return loaded
@@ -235,6 +309,7 @@ def check_parents(config: ml_collections.ConfigDict, stage: stages.Stage) -> Non
 
     Raises:
       UserError: a parent of another architecture or stage, or guidance that it was not trained for.
+        Of an unusual stage it is told: that may be an ablation.
     """
     for role, path in config.init_from.items():
         if not path:
@@ -250,6 +325,13 @@ def check_parents(config: ml_collections.ConfigDict, stage: stages.Stage) -> Non
         wanted = stage.parent_stages.get(role, parent.stage)
         if parent.stage != wanted:
             raise UserError(f"{where} is a model of stage {parent.stage}; give one of {wanted}")
+        usual = stage.usual_parents.get(role, (parent.stage,))
+        if parent.stage not in usual:
+            logging.warning(
+                "%s is a model of stage %s; stage %s starts from one of %s, and from another only "
+                "to see what comes of it",
+                *(where, parent.stage, config.stage, " or ".join(usual)),
+            )
         undropped = "drop_rate" in parent and parent.drop_rate == 0.0
         if "guidance" in config and config.guidance != 1.0 and undropped:
             raise UserError(

@@ -59,7 +59,10 @@ class Writer:
             self._tensorboard.write_scalars(step, scalars)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Writes pictures by name, each `[N, H, W, 3]`, uint8 or float in 0 .. 1: TensorBoard."""
+        """Writes pictures by name, each `[N, H, W, 3]`, uint8 or float in 0 .. 1: TensorBoard.
+
+        Videos have no method: clu's writer to TensorBoard leaves them out.
+        """
         if self._tensorboard:
             self._tensorboard.write_images(step, images)
 
@@ -105,7 +108,11 @@ def _tensorboard(folder: epath.Path):
 
 
 class Progress:
-    """One line that shows how far a run is: rewritten on a terminal, else printed now and then."""
+    """One line that shows how far a run is: rewritten on a terminal, else printed now and then.
+
+    `clu.periodic_actions.ReportProgress` is not used: its module imports TensorFlow, and it has no
+    line that is rewritten.
+    """
 
     SECONDS_BETWEEN_UPDATES = 0.2  # on a terminal
 

@@ -130,10 +130,36 @@ def read_config(folder: epath.PathLike) -> ml_collections.ConfigDict:
     Paths of a stage that are relative to the folder are resolved.
 
     Raises:
-      UserError: there is none, or it cannot be read.
+      UserError: there is none, it cannot be read, or it is neither a stage's nor that of a job of
+        several.
     """
-    config = ml_collections.ConfigDict(_tuples(_read(epath.Path(folder) / "config.json")))
-    return resolve(config.lock(), folder) if "stage" in config else config.lock()
+    path = epath.Path(folder) / "config.json"
+    config = ml_collections.ConfigDict(_tuples(_read(path))).lock()
+    if config.get("jobs"):
+        return config
+    require(config, path, ("stage", "data.directory", "init_from"))
+    return resolve(config, folder)
+
+
+def require(
+    config: ml_collections.ConfigDict, where: epath.PathLike, fields: Sequence[str]
+) -> None:
+    """Raises UserError at the first of some fields that a stored configuration lacks.
+
+    Args:
+      config: the configuration.
+      where: what holds it, for the message.
+      fields: such as 'data.directory'.
+    """
+    for field in fields:
+        group = config
+        for name in field.split("."):
+            if not isinstance(group, ml_collections.ConfigDict) or name not in group:
+                raise UserError(
+                    f"{where} is damaged, it has no field {field}; restore it, or train anew in "
+                    "another --workdir"
+                )
+            group = group[name]
 
 
 def resolve(config: ml_collections.ConfigDict, folder: epath.PathLike) -> ml_collections.ConfigDict:
@@ -158,11 +184,14 @@ def resolve(config: ml_collections.ConfigDict, folder: epath.PathLike) -> ml_col
 
 def _read(path: epath.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        fields = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged, not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is damaged, no configuration but {json.dumps(fields):.40}")
+    return fields
 
 
 def _tuples(value: Any) -> Any:
@@ -180,7 +209,7 @@ def _check(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     for field in sorted(old.keys() | new.keys()):
         if old.get(field) == new.get(field) or _may_change(field, jobs):
             continue
-        if field == "steps":
+        if field == "steps" and isinstance(old.get(field), int):
             if new[field] > old[field]:
                 continue
             raise UserError(

@@ -65,8 +65,14 @@ class Links(html.parser.HTMLParser):
 
 def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
     monkeypatch.setattr(models, "load", lambda row: models.Model(frozen, row.steps))
-    job.run(workdirs.read_config(workdir), workdir)
+    config = workdirs.read_config(workdir)
+    assert not job.is_reported(config, workdir)
+    job.run(config, workdir)
     folder = workdir / "report"
+    assert job.is_reported(config, workdir)
+    with config.unlocked():
+        config.evaluate.episodes = 5
+    assert not job.is_reported(config, workdir)
     assert str(folder) in capsys.readouterr().out
 
     results = json.loads((folder / "results.json").read_text())
@@ -177,9 +183,12 @@ def test_nothing_to_evaluate(workdir, tmp_path):
 
 
 def test_settings_out_of_range(workdir):
-    for name, value in {"episodes": 1, "frames": 0, "context": 0, "samples": -1}.items():
+    least = {"episodes": 1, "frames": 0, "context": 0, "samples": -1, "seed": -1}
+    for name, value in least.items():
         with pytest.raises(UserError, match=f"evaluate.{name} is {value}; it must be at least"):
             measure.Settings(**{name: value})
+    with pytest.raises(UserError, match="must be less than 2"):
+        measure.Settings(seed=2**32)
     with pytest.raises(UserError, match="test split of arena has"):
         job.evaluate(workdir / "stage1", measure.Settings(episodes=100))
 

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -180,12 +181,23 @@ def test_checkpoints_without_a_config_are_not_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("steps", 0), ("batch_size", -4), ("log_every", 0), ("save_every", 0),
-                    ("sample_every", -1), ("keep", 0)]
+    "name, value, wanted",
+    [("steps", 0, "at least 1"), ("batch_size", -4, "at least 1"), ("log_every", 0, "at least 1"),
+     ("save_every", 0, "at least 1"), ("sample_every", -1, "at least 0"), ("keep", 0, "at least 1"),
+     ("steps", 10**20, "from 1 to"), ("seed", -1, "at least 0"), ("seed", 10**20, "from 0 to"),
+     ("guidance", math.nan, "from 0.0 to 100.0"), ("ema.decay", 5.0, "from 0.0 to 0.999999"),
+     ("optimizer.rate", -1.0, "at least 0.0"), ("critic_optimizer.rate", math.inf, "from 0.0 to"),
+     ("optimizer.clip", 0.0, "at least 1e-06"), ("data.frames", 0, "at least 1"),
+     ("data.frames", -3, "at least 1"), ("data.workers", -1, "at least 0")],
 )  # fmt: skip
-def test_numbers_out_of_range(tmp_path, name, value):
-    with pytest.raises(UserError, match=f"config.{name} is {value}; it must be at least"):
-        loop.train(fake.config(**{name: value}), tmp_path)
+def test_numbers_out_of_range(tmp_path, name, value, wanted):
+    changes = value
+    for group in reversed(name.split(".")):
+        changes = {group: changes}
+    with pytest.raises(UserError) as error:
+        loop.train(fake.config(**changes), tmp_path / "run")
+    assert f"config.{name} is {value}; it must be {wanted}" in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_stage(tmp_path):
@@ -237,10 +249,23 @@ def test_bad_parents(finished, tmp_path):
         assert "config.init_from.teacher is not set" in message("5")
 
 
+def test_an_unusual_parent_is_told(finished, tmp_path, caplog):
+    def build(config):
+        return fake.build(config)._replace(usual_parents={"teacher": ("ar_diffusion",)})
+
+    with mock.patch("cfpp.stages.build", build):
+        loop.train(fake.config(init_from={"teacher": str(finished)}, steps=1), tmp_path)
+    (told,) = [r.getMessage() for r in caplog.records if "starts from one of" in r.getMessage()]
+    assert told.startswith(f"config.init_from.teacher={finished} is a model of stage fake; stage")
+
+
 def test_samples_are_asked_for(tmp_path):
     with mock.patch.object(loop, "samples") as samples:
         loop.train(fake.config(sample_every=5), tmp_path)
-    assert [call.args[2] for call in samples.call_args_list] == [5, 10]
+    assert [call.args[2] for call in samples.call_args_list] == [5, 10, 12]
+    with mock.patch.object(loop, "samples") as samples:
+        loop.train(fake.config(sample_every=0), tmp_path / "none")
+    assert not samples.called
 
 
 def test_donated_buffers_do_not_reach_the_disk(tmp_path):
