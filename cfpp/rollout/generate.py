@@ -197,7 +197,7 @@ class Rollout(flax.struct.PyTreeNode):
         kept = frame[(frame < pattern.sink) | (frame >= given - (slots - pattern.sink))]
         key, value = (x[:, :, :, kept] for x in key_value)
         return stream.replace(
-            cache=cache.write(jnp.asarray(kept), key, value), frame=np.int32(given)
+            cache=cache.write(jnp.asarray(kept, jnp.int32), key, value), frame=np.int32(given)
         )
 
     def chunk(
