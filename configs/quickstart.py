@@ -3,8 +3,8 @@
     python -m cfpp.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Ten minutes on two CPU cores (docs/quickstart.md). Variants: `configs/quickstart.py:smoke` is
-the same in miniature, `:atari` the same on Boxing, `:long` trains longer, with the bidirectional
-base as stage 3's real score, and has not been measured yet.
+the same in miniature, `:atari` the same on Boxing, `:long` trains for an hour, with the
+bidirectional base as stage 3's real score.
 
 All stages share one `model` and one `mesh`: `--config.model.attention=xla`, `--config.mesh.fsdp=2`.
 """
