@@ -42,7 +42,7 @@ class Player:
         null: Condition | None = None,
     ):
         self._rollout = rollout.after(context.shape[1])
-        self._params = params
+        self._params = params = jax.tree.map(jnp.asarray, params)  # where they are NumPy's
         self._rng = rng
         self._stream = _start(self._rollout, params, jnp.asarray(context), condition, null)
         if mesh.ambient() is None:
