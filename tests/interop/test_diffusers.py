@@ -183,7 +183,10 @@ class Setting:
 at = lambda sigma: sigma[..., None, None, None]
 
 
-@pytest.mark.parametrize("forced", [False, True], ids=["bidirectional", "teacher-forced"])
+both = pytest.mark.parametrize("forced", [False, True], ids=["bidirectional", "teacher-forced"])
+
+
+@both
 def test_consistency_loss_and_its_gradients(forced):
     """Stage 2 by PyTorch's own differentiation: target, loss, the gradient of all parameters."""
     here, guidance = Setting(forced), 3.0
@@ -211,10 +214,12 @@ def test_consistency_loss_and_its_gradients(forced):
     here.assert_gradients(gradient)
 
 
-def test_matching_gradient_and_critic_loss():
+@both
+def test_matching_gradient_and_critic_loss(forced):
     """Stage 3's gradient with respect to the sample, and its critic's loss and all gradients."""
-    here, guidance = Setting(), 4.0
-    sigma = np.array([[0.9] * 3, [0.3] * 3], np.float32)
+    here, guidance = Setting(forced), 4.0
+    sigma = [[0.9, 0.3, 0.3], [0.5, 0.7, 0.7]] if forced else [[0.9] * 3, [0.3] * 3]
+    sigma = np.array(sigma, np.float32)
     levels = jnp.asarray(sigma)
 
     @jax.jit
