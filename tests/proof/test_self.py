@@ -210,10 +210,10 @@ def naive_rollout(net, params, x0, actions, edges, noise, sigmas, last, straight
 
     cache, out = net.dit.cache(len(x0), frames), [x0[:, :given]]
     if given:
-        frame = np.arange(given)
+        frame = np.arange(given, dtype=np.int32)
         cache = cache.write(frame, *at(stop(params), out[0], 0, frame, CLEAN)[1])
     for n, (i, j) in enumerate(itertools.pairwise(edges)):
-        frame = np.arange(i, j)
+        frame = np.arange(i, j, dtype=np.int32)
         x = fresh(frame, 0)
         for step in range(last[n]):
             sigma, below = sigmas[n][step : step + 2]
