@@ -212,8 +212,8 @@ MUTATIONS = (
     ),
     Mutation(
         "sigma_within_chunk", "the frames of a chunk have different noise levels",
-        "cfpp/stages/stage.py", "chunk = pattern.chunk_index(frames)", "chunk = np.arange(frames)",
-        (f"{WIRING}ar_diffusion",),
+        "cfpp/stages/stage.py", "chunk = pattern.chunk_index(frames)",
+        "chunk = 0 * pattern.chunk_index(frames) + range(frames)", (f"{WIRING}ar_diffusion",),
     ),
     Mutation(
         "target_sigma", "the target converts to x0 with sigma instead of sigma'",
