@@ -168,9 +168,9 @@ def main() -> None:
 
     del public
     theirs = train(options.checkout, options.turns)
-    # Of the device, or of the whole process, whose most hungry part so far that step was.
-    memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else measuring.peak_gib()
+    memory = measuring.peak_gib()  # of the whole process, whose most hungry part that was
     if DEVICE == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.empty_cache()  # ours needs memory too
     ours = [rollout.training_step(SIZE, "auto") for _ in range(options.turns)]
     seconds = [step["seconds"] for step in ours]

@@ -266,7 +266,7 @@ def _tables(plan: _Plan, mask, rows_are_keys: bool = False) -> Visits:
 
 def _forward(plan: _Plan, q, k, v, mask, layer):
     """Output and logsumexp of `q` `[B, N, length, D]`, `k` and `v` `[L, B, N, length, D]`."""
-    if plan.backend == "mosaic" and not isinstance(k, Quantised):
+    if plan.backend == "mosaic":
         return pallas_hopper.forward(q, k, v, plain(mask), layer, plan.tokens, plan.interpret)
     kernel = functools.partial(_forward_kernel, **_sides(plan, q, k))
     outputs = q, jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
@@ -348,11 +348,12 @@ def attend(
     refusal = pallas_hopper.refusal(*joined[:2], tokens)
     if backend == "mosaic" and refusal:
         raise ValueError(f"Mosaic's kernels take {refusal}")
+    chosen = backend or ("mosaic" if _is_hopper() and not refusal else "triton")
+    if isinstance(k, Quantised):
+        chosen = "triton"
     if backend is None:
-        backend = "mosaic" if _is_hopper() and not refusal else "triton"
-        by = "triton" if isinstance(k, Quantised) else backend
-        say_once(f"attention: pallas_gpu, its kernels for {by.title()}")
-    plan = _Plan(tokens, Tile.choose(q.dtype, length, tokens), backend, interpret)
+        say_once(f"attention: pallas_gpu, its kernels for {chosen.title()}")
+    plan = _Plan(tokens, Tile.choose(q.dtype, length, tokens), chosen, interpret)
     mask = keep_static(mask)
     if layer is None:
         out, logsumexp = _attend(plan, *joined, mask)

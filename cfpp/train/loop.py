@@ -196,10 +196,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     """
     validate(config)
     sources.check(config.data)
-    build_stage(config)
-    device_mesh = mesh.create(config.mesh)
-    mesh.check(device_mesh, config.model)
-    mesh.batch_sharding(device_mesh, config.batch_size, config.accumulate)
+    program.divide(build_stage(config), config, mesh.create(config.mesh))
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

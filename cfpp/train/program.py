@@ -46,6 +46,20 @@ class Program(NamedTuple):
     step: Callable
 
 
+def divide(
+    stage: stages.Stage, config: ml_collections.ConfigDict, device_mesh: Mesh
+) -> NamedSharding:
+    """The sharding of a stage's batches over a mesh, over which its networks divide too.
+
+    Raises:
+      UserError: the batch or one of the models does not divide.
+    """
+    mesh.check(device_mesh, config.model)
+    for role, model in stage.parent_models.items():
+        mesh.check(device_mesh, model, f"the model of config.init_from.{role}")
+    return mesh.batch_sharding(device_mesh, config.batch_size, config.accumulate)
+
+
 def create(
     stage: stages.Stage,
     config: ml_collections.ConfigDict,
@@ -63,10 +77,7 @@ def create(
     Raises:
       UserError: a parent does not fit, or the batch or the model do not divide over the mesh.
     """
-    mesh.check(device_mesh, config.model)
-    for role, model in stage.parent_models.items():
-        mesh.check(device_mesh, model, f"the model of config.init_from.{role}")
-    batch_sharding = mesh.batch_sharding(device_mesh, config.batch_size, config.accumulate)
+    batch_sharding = divide(stage, config, device_mesh)
     key = jax.random.key(config.seed)
 
     def init(parents):
