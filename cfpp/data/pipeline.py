@@ -20,6 +20,7 @@ from cfpp.data import sources
 from cfpp.errors import UserError
 
 PREFETCHED_BATCHES = 4  # in each process
+EPOCHS = 2**31  # without end: `repeat()` is sys.maxsize windows, which batches of one overflow
 
 
 def train_batches(
@@ -50,7 +51,7 @@ def train_batches(
         grain.MapDataset.source(sources.open_split(data_config, "train"))
         .seed(seed % 2**32)
         .shuffle()
-        .repeat()
+        .repeat(EPOCHS)
         .random_map(functools.partial(_window, data_config=data_config))
     )
     rows = range(batch_size) if rows is None else tuple(rows)

@@ -54,6 +54,12 @@ def test_batches_have_the_stated_shapes(arena_config):
     }
 
 
+def test_batches_of_one_are_the_rows_of_larger_ones(arena_config):
+    ones = take(pipeline.train_batches(arena_config, 1, seed=0), 4)
+    (four,) = take(pipeline.train_batches(arena_config, 4, seed=0), 1)
+    assert_same([{k: np.concatenate([one[k] for one in ones]) for k in four}], [four])
+
+
 def test_an_epoch_has_one_window_of_each_episode_and_windows_start_anywhere(arena_config, episodes):
     batches = take(pipeline.train_batches(arena_config, 12, seed=0), 12)
     orders, starts = [], set()
