@@ -1,7 +1,9 @@
 """`python -m cfpp.rollout` on a tiny working directory: what it writes, what it refuses."""
 
 import importlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +52,32 @@ def test_any_number_of_frames(workdir, capsys):
     said = capsys.readouterr().out
     assert "first frame after:" in said and "frames/s" in said
     assert "network passes a frame: 2" in said
+
+
+def test_the_workdir_may_be_relative(workdir, monkeypatch):
+    monkeypatch.chdir(workdir.parent)
+    options = ["--workdir=stage1", "--out=relative.mp4", "--frames=2", "--steps=1", "--scale=1"]
+    command.run(command.parse(options))
+    assert len(imageio.imread(workdir.parent / "relative.mp4")) == 2
+
+
+def test_every_frame_gets_its_action(workdir, tmp_path, monkeypatch):
+    """From noise, with a first chunk of three frames and two in all later ones."""
+    folder = shutil.copytree(workdir, tmp_path / "chunks")
+    config = json.loads((folder / "config.json").read_text())
+    config["pattern"] |= {"chunk": 2, "first_chunk": 3, "window": 6}
+    config["data"]["directory"] = str(tmp_path / "nowhere")  # so it starts from noise
+    (folder / "config.json").write_text(json.dumps(config))
+    given = []
+
+    class Recorded(Player):
+        def play(self, actions):
+            given.append(actions[0].tolist())
+            return super().play(actions)
+
+    monkeypatch.setattr(command, "Player", Recorded)
+    assert len(stream(folder, "--frames=7", "--steps=1", "--actions=0,1,2,3,4")) == 7
+    assert given[-3:] == [[0, 1, 2], [3, 4], [0, 1]]
 
 
 def test_latency_mode_counts_its_pass(workdir, capsys):

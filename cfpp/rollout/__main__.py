@@ -185,12 +185,12 @@ def stream(options: argparse.Namespace) -> None:
     chunk = rollout.network.pattern.chunk
 
     def play(player):
-        taken = list(itertools.islice(actions, chunk))
+        taken = list(itertools.islice(actions, player.chunk))
         return player.play(np.array([taken], np.int32))[0]
 
     session = player()
     for _ in range(2):  # compiles; on several devices a second time for the layout it leaves
-        session.play(np.zeros((1, chunk), np.int32))
+        session.play(np.zeros((1, session.chunk), np.int32))
     seconds, done = [], 0
     with (
         media.Mp4Writer(options.out, FRAMES_PER_SECOND, options.scale) as writer,

@@ -340,7 +340,7 @@ def _read(folder: epath.Path, **items: ocp.args.CheckpointArgs) -> dict[str, Tre
 
 def _shapes(item: epath.Path) -> Tree:
     """The stored tree with `jax.ShapeDtypeStruct`s for arrays."""
-    metadata = ocp.StandardCheckpointHandler().metadata(item)
+    metadata = ocp.StandardCheckpointHandler().metadata(paths.absolute(item))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), metadata.tree)
 
 

@@ -171,6 +171,16 @@ def test_export_has_the_model_and_its_config(trained, tmp_path, capsys):
         loop.train(child, tmp_path / "child")
 
 
+def test_paths_may_be_relative(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained.parent)
+    config, params = checkpoint.load_model(trained.name)
+    assert config == CONFIG
+    assert checkpoint.model_shapes(trained.name)["kernel"].shape == params["kernel"].shape
+    checkpoint.export(trained.name, os.path.relpath(tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, params, checkpoint.load_model("out")[1])
+
+
 def test_export_overwrites_nothing_and_damage_is_told(trained, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
