@@ -15,6 +15,7 @@ import pytest
 from cfpp import evaluate, export, main
 from cfpp.errors import UserError
 from cfpp.evaluate import __main__ as evaluation_command
+from cfpp.models.network import FIELDS
 from cfpp.rollout import __main__ as rollout_command
 from cfpp.train import checkpoint, loop
 from configs import quickstart
@@ -205,12 +206,17 @@ def test_a_damaged_configuration_is_told(job, tmp_path, text, message):
         main.run(job[0].first, str(tmp_path))
 
 
+MODEL = {"model": {name.removeprefix("model."): 1 for name in FIELDS if name != "model.layers"}}
+
+
 def test_a_configuration_without_what_is_needed_is_told(tmp_path):
     fields = {"stage": "dmd", "data": {"directory": ""}, "init_from": {}}
-    (tmp_path / "config.json").write_text(json.dumps(fields))
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-    with pytest.raises(UserError, match="it has no field model"):
-        rollout_command.run(rollout_command.parse([f"--workdir={tmp_path}"]))
+    for model, missing in (({}, r"model\.channels"), (MODEL, r"model\.layers")):
+        (tmp_path / "config.json").write_text(json.dumps(fields | model))
+        with pytest.raises(UserError, match=f"it has no field {missing}"):
+            rollout_command.run(rollout_command.parse([f"--workdir={tmp_path}"]))
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match="it has no field steps"):
         evaluation_command.main([f"--workdir={tmp_path}"])
 

@@ -119,13 +119,26 @@ class Episodes:
 
 
 def check(data_config: ml_collections.ConfigDict) -> None:
-    """Raises UserError if the configuration names no data source, or none on a disk."""
+    """Checks what can be told before anything is written.
+
+    Raises:
+      UserError: the configuration names no data source, none on a disk, or one that cannot be
+        recorded as it says.
+    """
     _root(data_config)
     if not data_config.name:
         raise UserError(
             "config.data.name is empty: no data source gives latents and texts yet; "
             "python -m cfpp.aot compiles such a job without data"
         )
+    if data_config.name.startswith("tfds:"):
+        return
+    if not _recorded_directory(data_config, *_recording(data_config)).exists():
+        actions = num_actions(data_config.name)
+        if data_config.num_actions != actions:
+            raise UserError(
+                f"data.num_actions is {data_config.num_actions}; {data_config.name} has {actions}"
+            )
 
 
 def prepare(data_config: ml_collections.ConfigDict) -> None:
@@ -140,6 +153,7 @@ def prepare(data_config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: if the dataset cannot be had, or is not what the configuration says.
     """
+    check(data_config)
     if not data_config.name.startswith("tfds:"):
         builder, recorded = _recording(data_config)
         if not _recorded_directory(data_config, builder, recorded).exists():
@@ -270,11 +284,6 @@ def _record(
     recorded: recording.RecordingConfig,
 ) -> None:
     """Records a dataset; its progress bar goes to stderr."""
-    actions = num_actions(data_config.name)
-    if data_config.num_actions != actions:
-        raise UserError(
-            f"data.num_actions is {data_config.num_actions}; {data_config.name} has {actions}"
-        )
     root = _root(data_config)
     tfds.disable_progress_bar()  # its bars know no totals
     verbosity = logging.get_verbosity()

@@ -48,6 +48,14 @@ def guided(velocity: flow.Velocity, weight: float) -> flow.Velocity:
     return lambda x, sigma: guide_pairs(velocity(twice(x), twice(sigma)), weight)
 
 
+FIELDS = tuple(
+    f"model.{field.name}"
+    for field in dataclasses.fields(DiT)
+    if field.default is field.default_factory is dataclasses.MISSING
+)
+"""What a stored configuration must have for `Network.create`, besides `pattern`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Network:
     """The network of a job: a DiT and the pattern by which its frames attend to one another."""

@@ -21,7 +21,7 @@ from cfpp.attention.cache import LARGEST
 from cfpp.data import pipeline
 from cfpp.data.actions import held_actions
 from cfpp.errors import ArgumentParser, UserError, exit_on_user_error
-from cfpp.models.network import Network, Params
+from cfpp.models.network import FIELDS, Network, Params
 from cfpp.parallel import mesh
 from cfpp.rollout import generate
 from cfpp.rollout.stream import Player
@@ -126,7 +126,7 @@ def load(options: argparse.Namespace) -> tuple[ml_collections.ConfigDict, Params
     """
     path = options.workdir or options.checkpoint
     folder, config = checkpoint.find_model(path)
-    workdirs.require(config, folder / "config.json", ("model", "pattern", "shift"))
+    workdirs.require(config, folder / "config.json", (*FIELDS, "pattern", "shift"))
     if not options.mesh:
         return checkpoint.load_model(path)
     device_mesh = jax.sharding.get_mesh()

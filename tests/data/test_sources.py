@@ -120,7 +120,7 @@ def test_reading_needs_neither_tensorflow_nor_jax():
 )
 def test_wrong_settings_are_named(tmp_path, fields, message):
     with pytest.raises(UserError) as caught:
-        sources.prepare(make_config(tmp_path, **fields))
+        sources.check(make_config(tmp_path, **fields))
     assert message in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -424,7 +424,7 @@ def test_a_game_starts_when_it_begins_to_obey(game):
 def test_a_game_that_cannot_be_recorded_is_named(tmp_path, fields, message):
     pytest.importorskip("ale_py")
     with pytest.raises(UserError) as caught:
-        sources.prepare(atari_config(tmp_path, **fields))
+        sources.check(atari_config(tmp_path, **fields))
     assert message in str(caught.value)
 
 

@@ -31,7 +31,7 @@ def config(**changes) -> ml_collections.ConfigDict:
             "save_every": 4,
             "sample_every": 0,
             "keep": 2,
-            "data": {"name": "fake", "directory": "", "sizes": (1, 2)},
+            "data": {"name": "tfds:fake", "directory": "", "sizes": (1, 2)},
             "model": {"dim": 8},
             "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1},
             "init_from": {},
