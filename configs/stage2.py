@@ -19,6 +19,8 @@ def get_config(arg: str = ""):
     config.distance = "mse"  # or 'pseudo_huber'
     config.ema.decay = 0.9
     config.init_from.teacher = "runs/stage1"
+    if options.world == "arena":
+        config.batch_size, config.ema.decay = 4, 0.95
     if options.world == "wan_1_3b":
         config.steps = 5000
         config.optimizer = common.wan_optimizer()
