@@ -90,7 +90,7 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
     config.frozen_dtype = "float32"  # of networks that only lend their output
     config.init_from = ConfigDict()
     if options.world == "atari":
-        config.batch_size = 4  # of 64 tokens a frame
+        config.batch_size = 4  # of 64 tokens a frame: more steps do more than larger ones
     if options.smoke:
         config.sample_every = 0
     if options.world == "wan_1_3b":

@@ -16,9 +16,6 @@ def get_config(arg: str = ""):
     del config.guidance  # the base is sampled as it is
     del config.frozen_dtype  # no network only lends its output
     config.init_from.base = ""  # a model to start from, or ''
-    if options.world == "atari":
-        # More steps do more than larger batches, in the same time (docs/quickstart.md).
-        config.batch_size, config.ema.decay = 1, 0.998
     if options.world == "wan_1_3b":
         config.steps = 20_000
         config.optimizer = common.wan_optimizer()

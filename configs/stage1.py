@@ -16,11 +16,9 @@ def get_config(arg: str = ""):
     config.drop_rate = 0.0  # how often the condition is dropped, for guidance
     del config.frozen_dtype  # no network only lends its output
     config.init_from.base = ""  # the stage-0 model to start from, or ''
-    # More steps do more than larger batches, in the same time (docs/quickstart.md).
     if options.world == "arena":
+        # In ten minutes, more steps do more than larger batches (docs/quickstart.md).
         config.batch_size, config.ema.decay = 4, 0.995
-    if options.world == "atari":
-        config.batch_size, config.ema.decay = 1, 0.998
     if options.world == "wan_1_3b":
         config.steps = 20_000
         config.optimizer = common.wan_optimizer()
