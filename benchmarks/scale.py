@@ -27,6 +27,7 @@ import measuring
 
 from cfpp.attention.pattern import Pattern
 from cfpp.parallel import mesh
+from cfpp.parallel import topology as slices
 from cfpp.rollout.generate import Rollout, consistency
 from cfpp.stages import dmd
 from cfpp.train import program
@@ -64,7 +65,10 @@ SLICES = {
     "v5e:8x8": (16, "fsdp=16,context=4"),
 }
 
-OPTIONS = program.COMPILER_OPTIONS["tpu"]
+
+def options_of(topology: str) -> dict:
+    """What training on chips of this slice tells the compiler."""
+    return program.COMPILER_OPTIONS.get(slices.devices(topology)[0].device_kind, {})
 
 
 def compile_row(stage: str, topology: str) -> dict:
@@ -80,7 +84,7 @@ def compile_row(stage: str, topology: str) -> dict:
         "topology": topology,
         "batch": batch,
         "date": datetime.date.today().isoformat(),
-        "options": OPTIONS,
+        "options": options_of(topology),
         **report,
     }
 
@@ -139,14 +143,14 @@ def exchange_table(rows: list[dict]) -> str:
         tokens, parameters = (nbytes / 2**20 for nbytes in by_hand(row))
         found = sum(c["received"] * c["times"] for c in row["collectives"]) / layers / 2**20
         cells = [f"{number:.0f}" for number in (tokens, parameters, tokens + parameters, found)]
-        cells += [f"{found / (tokens + parameters):.2f}", "yes" if is_current(row) else "no"]
+        cells += [f"{found / (tokens + parameters):.2f}", "yes" if row.get("options") else "no"]
         lines.append("| " + " | ".join([row["topology"], *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def is_current(row: dict) -> bool:
     """Whether a row was compiled with the options that training gives the compiler."""
-    return row.get("options") == OPTIONS
+    return row.get("options", {}) == options_of(row["topology"])
 
 
 def replay_row(chunk: int) -> dict:

@@ -16,10 +16,11 @@ from cfpp.parallel import mesh
 
 INIT = 2**32 - 1  # folded into the run's key for the first state; no step has this number
 
-# By platform. Left alone, the TPU's compiler gathers parameters over large slices by all-reduce:
-# twice the bytes, and nothing else runs meanwhile. It takes all three to keep it from that.
+# By kind of device. Left alone, the TPU's compiler gathers parameters over large slices by
+# all-reduce: twice the bytes, and nothing else runs meanwhile. On a v5e these keep it from that. On
+# other chips JAX 0.11's compiler refuses the second: it may hang there or give wrong results.
 COMPILER_OPTIONS = {
-    "tpu": {
+    "TPU v5 lite": {
         "xla_enable_async_all_gather": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
         "xla_tpu_prefer_async_allgather_to_allreduce": True,
@@ -101,7 +102,7 @@ def create(
             step,
             out_shardings=(shardings, NamedSharding(device_mesh, PartitionSpec())),
             donate_argnums=0,
-            compiler_options=COMPILER_OPTIONS.get(device_mesh.devices.flat[0].platform),
+            compiler_options=COMPILER_OPTIONS.get(device_mesh.devices.flat[0].device_kind),
         ),
     )
 

@@ -106,7 +106,7 @@ import flax.linen as nn, jax, jax.numpy as jnp
 from cfpp.parallel import compiled, mesh
 from cfpp.train import program
 
-slice = topology.devices("v5p:4x4x4")
+slice = topology.devices("v5e:8x8")
 devices = mesh.create({"data": 1, "fsdp": 16, "context": 4, "tensor": 1}, slice)
 axes = {"q": ("embed", "heads"), "mlp_in": ("embed", "mlp"), "mlp_out": ("mlp", "embed")}
 sizes = {"embed": 1536, "heads": 1536, "mlp": 8960}
@@ -127,7 +127,7 @@ def blocks(params, x):
     with jax.sharding.use_abstract_mesh(devices.abstract_mesh):
         return jax.lax.scan(block, x, params)[0]
 
-step = jax.jit(blocks, compiler_options=program.COMPILER_OPTIONS["tpu"])
+step = jax.jit(blocks, compiler_options=program.COMPILER_OPTIONS[slice[0].device_kind])
 rows = compiled.collectives(step.lower(params, x).compile().as_text(), devices)
 assert {row.kind for row in rows} == {"all-gather"}, rows
 received = sum(row.received * row.times for row in rows)
@@ -153,9 +153,9 @@ def test_what_a_program_keeps():
         x = jax.lax.scan(turn, x, None, length=7)[0]
         return jnp.sum(jax.shard_map(lambda x: x @ x.T, in_specs=spec, out_specs=spec)(x))
 
+    w, x = np.zeros((16, 16), np.float32), np.zeros((8, 16), np.float32)
     with jax.sharding.use_abstract_mesh(mesh):
-        gradient = jax.jit(jax.grad(loss))
-        jaxpr = jax.make_jaxpr(gradient)(jnp.zeros((16, 16)), jnp.zeros((8, 16))).jaxpr
+        jaxpr = jax.make_jaxpr(jax.jit(jax.grad(loss)))(w, x).jaxpr
     rows = compiled.arrays(jaxpr, 4)
     assert rows[0].shape == "f32[7,8,16]" and "scan" in rows[0].origin
     assert rows[0].nbytes == 7 * 8 * 16 * 4 / 4, "of the whole, a device has a quarter"
@@ -182,7 +182,7 @@ def test_operations_on_a_mesh_are_those_of_all_devices():
     spec = jax.sharding.PartitionSpec("data")
     with jax.sharding.use_abstract_mesh(mesh):
         run = jax.shard_map(lambda x: x @ x.T, in_specs=spec, out_specs=spec)
-        jaxpr = jax.make_jaxpr(jax.jit(run))(jnp.zeros((8, 16))).jaxpr
+        jaxpr = jax.make_jaxpr(jax.jit(run))(np.zeros((8, 16), np.float32)).jaxpr
     assert compiled.flops(jaxpr) == 8 * 2 * 2 * 2 * 16  # each device: 2 rows, repeated on context
 
 
