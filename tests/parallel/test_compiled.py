@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from cfpp.parallel import compiled
 
@@ -145,7 +145,7 @@ def test_parameters_are_received_once():
 
 def test_what_a_program_keeps():
     """Products, and what a loop stacks up for its backward pass; no numbers on the way."""
-    mesh = AbstractMesh((4,), ("data",))
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
 
     def loss(w, x):
@@ -178,7 +178,7 @@ def test_operations_of_scans_and_gradients():
 
 
 def test_operations_on_a_mesh_are_those_of_all_devices():
-    mesh = AbstractMesh((4, 2), ("data", "context"))
+    mesh = AbstractMesh((4, 2), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
     spec = jax.sharding.PartitionSpec("data")
     with jax.sharding.use_abstract_mesh(mesh):
         run = jax.shard_map(lambda x: x @ x.T, in_specs=spec, out_specs=spec)
