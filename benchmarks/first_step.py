@@ -36,7 +36,9 @@ DRAWS = 8  # of direction and noise, for each clip and noise level
 
 def next_channels(states: dict, actions: np.ndarray) -> jax.Array:
     """The four possible channels of each ball after a first frame: `[clips, balls, 4, pixels]`."""
-    balls = states["balls"][:, 0, None] + arena.BALL_SPEED * arena.DIAGONALS[:, None]
+    velocities = arena.BALL_SPEED * arena.DIAGONALS[:, None]  # [4, 1, 2]
+    no_kicks = np.zeros(velocities.shape[:-1], int)
+    balls, _ = arena.move_balls(states["balls"][:, 0, None], velocities, no_kicks)
     agent = arena.move_agent(states["agent"][:, 0], actions[:, 1])
     frames = arena.render(np.repeat(agent[:, None], 4, 1), balls)  # [clips, 4, H, W, 3]
     channels = codec.encode(jnp.asarray(frames))[..., np.array(arena.BALL_CHANNELS)]
@@ -77,12 +79,12 @@ def measure(workdir: str) -> list[dict]:
         channels = lambda y: jnp.moveaxis(y[:, 1][..., balls], -1, 1).reshape(truth.shape)
         exact = posterior_mean(channels(x), means, sigma)
         predicted = channels(flow.to_x0(x, v, levels))
-        total = lambda a, b: jnp.sum((a - center) * (b - center)) / (len(means) * arena.NUM_BALLS)
+        product = lambda a, b: jnp.sum((a - center) * (b - center))
         return {
             "exact": jnp.mean(jnp.sum(jnp.square(truth - exact), -1)),
             "beyond": jnp.mean(jnp.sum(jnp.square(predicted - exact), -1)),
-            "made": total(predicted, exact),
-            "whole": total(exact, exact),
+            "made": product(predicted, exact),
+            "whole": product(exact, exact),
         }
 
     rows = []

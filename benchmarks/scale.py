@@ -128,8 +128,9 @@ def by_hand(row: dict) -> tuple[float, float]:
     tokens = (model.height // model.patch) * (model.width // model.patch) / context
     part = 2 * clips * 2 * FRAMES * tokens * model.dim
     block = 6 * model.dim**2 + 2 * model.dim * model.ffn_dim
-    matrices = 2 * (3 * block + 2 * 2 * model.dim**2)
-    gradients = 2 * (block + 2 * model.dim**2) / ways
+    text = 2 * model.dim**2
+    matrices = 2 * (3 * block + 2 * text)
+    gradients = 2 * (block + text) / ways
     replicas = 2 * gradients * (data - 1) / data
     return 12 * part * (context - 1) / context, matrices * (ways - 1) / ways + replicas
 
