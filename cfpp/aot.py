@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -364,8 +363,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with exit_on_user_error():
-            app.run(main, flags_parser=parse)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    with exit_on_user_error():
+        app.run(main, flags_parser=parse)

@@ -15,13 +15,18 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """Turns a `UserError` into one line on stderr and exit code 2, without a traceback."""
+def exit_on_user_error(interrupted: str = "interrupted") -> Iterator[None]:
+    """Turns a `UserError` into one line on stderr and exit code 2, without a traceback.
+
+    Ctrl-C becomes the line `interrupted`, and exit code 1.
+    """
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(interrupted)
 
 
 class ArgumentParser(argparse.ArgumentParser):

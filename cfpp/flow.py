@@ -78,7 +78,9 @@ def schedule(positions: Sequence[float], s: float) -> np.ndarray:
     """
     positions = np.asarray(positions, np.float64)
     if not positions.size or positions[0] > 1000 or not np.all(np.diff(positions, append=0.0) < 0):
-        raise ValueError(f"sampling positions must fall within (0, 1000], got {positions.tolist()}")
+        raise ValueError(
+            f"sampling positions must fall, from 1000 at most to above 0, got {positions.tolist()}"
+        )
     return np.append(shift(positions / 1000, s), 0.0).astype(np.float32)
 
 
@@ -137,8 +139,9 @@ def matching_loss(
       velocity_fn: the network.
       x0, noise: `[batch, frames, height, width, channels]`.
       sigma: `[batch, frames]`.
-      floor: noise levels below this weigh less, by (sigma / floor)^2: the error of x0 then counts
-        the same at all of them. 0.05, the floor of `to_velocity`, or less weighs all alike.
+      floor: noise levels below this weigh less, by (max(sigma, 0.05) / floor)^2: the raw error of a
+        network that predicts x0 then counts the same at all of them. 0.05, the floor of
+        `to_velocity`, or less weighs all alike.
     """
     v = velocity_fn(interpolate(x0, noise, sigma), sigma)
     error = jnp.mean(jnp.square(v - velocity(x0, noise)), axis=(2, 3, 4))

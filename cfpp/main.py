@@ -86,11 +86,14 @@ def _config_path(argv: list[str]) -> str:
 def _illegal_value(default: Config, error: flags.IllegalFlagValueError) -> str:
     """Tells a value of a wrong type."""
     flag = str(error).partition(": ")[0].removeprefix("flag ")
+    if not flag.startswith("--config."):
+        return " ".join(str(error).split())
     field = flag.partition("=")[0].removeprefix("--config.")
     value = config_path.get_value(field, default)
     if isinstance(value, Config):
         return f"{flag}: this is a group of fields; set --config.{field}.{next(iter(value))}, ..."
-    return f"{flag}: give a value of type {type(value).__name__}, as the default {value!r}"
+    wanted = config_path.get_type(field, default).__name__  # a placeholder's too
+    return f"{flag}: give a value of type {wanted}, as the default {value!r}"
 
 
 def _unknown_field(argv: list[str], path: str, default: Config, error: Exception) -> str:
@@ -158,6 +161,7 @@ def run(config: Config, workdir: str, profile: bool = False) -> None:
         loop.train(_absolute(config), workdir, profile)
         return
 
+    _check_jobs(config)
     folders = {name: os.path.join(workdir, name) for name in config.jobs}
     steps = {name: config[name].steps for name in config.jobs}
     todo = [name for name in steps if not checkpoint.is_finished(folders[name], steps[name])]
@@ -178,6 +182,14 @@ def run(config: Config, workdir: str, profile: bool = False) -> None:
         hosts.meet("evaluated")
 
 
+def _check_jobs(config: Config) -> None:
+    """Raises UserError if `config.jobs` names none, or one that there is not."""
+    known = [name for name, job in config.items() if isinstance(job, Config) and "stage" in job]
+    for name in config.jobs or [""]:
+        if name not in known:
+            raise UserError(f"config.jobs has {name!r}; give some of {', '.join(known)}")
+
+
 def _check(config: Config, folders: dict[str, str], todo: list[str]) -> None:
     """Checks the jobs that are still to be done, and the evaluation, before any of them begins.
 
@@ -187,21 +199,21 @@ def _check(config: Config, folders: dict[str, str], todo: list[str]) -> None:
       todo: names of those that have not finished.
 
     Raises:
-      UserError: something in the configuration cannot be, or a parent that is none of the jobs.
+      UserError: something in the configuration cannot be, a parent among the jobs included.
     """
     from cfpp.train import checkpoint, loop
     from cfpp.train import workdir as workdirs
 
-    ours = set(folders.values())
+    resolve = lambda name: workdirs.resolve(_absolute(config[name], inside=True), folders[name])
+    ours = {folder: resolve(name) for name, folder in folders.items()}
+    find = lambda path: ours[path] if path in ours else checkpoint.find_model(path)[1]
     for name in todo:
         with _naming(name):
-            job = workdirs.resolve(_absolute(config[name], inside=True), folders[name])
-            loop.check(job)
-            loop.parents(job, lambda path: path in ours or checkpoint.find_model(path))
+            loop.check(ours[folders[name]], find)
     if "evaluate" in config:
         from cfpp import evaluate
 
-        evaluate.Settings(**config.evaluate)
+        evaluate.check(config.evaluate, ours[folders[config.jobs[0]]].data)
 
 
 @contextlib.contextmanager
@@ -260,8 +272,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with exit_on_user_error():
-            app.run(main, flags_parser=parse)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command to continue")
+    with exit_on_user_error("interrupted; run the same command to continue"):
+        app.run(main, flags_parser=parse)

@@ -45,7 +45,7 @@ jobs_one_after_another() {
   for job; do
     begin=$(wc -c <"$state/log")
     bash -c "exec .venv/bin/python -m cfpp.main $job" || code=$?
-    if [ "$code" = 0 ] && told "$begin" 'interrupted' >/dev/null; then
+    if [ "$code" = 0 ] && told "$begin" 'run the same command to continue' >/dev/null; then
       code=143 # ended by SIGTERM, after saving: not through
     fi
     if [ "$code" != 0 ]; then

@@ -84,10 +84,10 @@ def first_state(config, stage):
 def test_every_stage_of_every_quickstart_can_be_built(variant):
     config = quickstart.get_config(variant).copy_and_resolve_references()
     for name in config.jobs:
-        loop.check(config[name])
+        loop.check(config[name], lambda path: config[path.removeprefix("../")])
         state = first_state(config[name], loop.build_stage(config[name]))
         assert jax.tree.structure(state.ema) == jax.tree.structure(state.params["model"])
-    evaluate.Settings(**config.evaluate)
+    evaluate.check(config.evaluate, config.stage1.data)
 
 
 @pytest.mark.parametrize("arg", ["", "wan_1_3b"])
@@ -133,7 +133,15 @@ def test_fields_that_cannot_be(field, value, message):
     config = config_of("stage1", "")
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
-        loop.check(config)
+        loop.check(config, lambda path: None)
+
+
+@pytest.mark.parametrize("field, value", [("frames", 100), ("context", 53), ("episodes", 500)])
+def test_more_held_out_clips_than_will_be_recorded(field, value):
+    config = quickstart.get_config("")
+    config.evaluate[field] = value
+    with pytest.raises(UserError, match=r"arena is recorded with \d+ such held-out clips"):
+        evaluate.check(config.evaluate, config.stage1.data)
 
 
 def test_training_without_a_source_of_latents_is_told(tmp_path):

@@ -50,6 +50,12 @@ def command(*arguments, module="cfpp.main"):
             ["--config=configs/stage3.py", "--config.positions=(1,'a')"],
             "give a tuple, as the default (1",
         ),
+        (
+            [STAGE1, "--config.pattern.first_chunk=x"],
+            "=x: give a value of type int, as",
+        ),
+        ([STAGE1, "--workdir=x", "--num_processes=two"], "flag --num_processes=two: "),
+        ([STAGE1, "--workdir=x", "--profile=maybe"], "flag --profile=maybe: "),
         ([STAGE1, "--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
         ([STAGE1, "--workdir=x", "steps=3"], "unexpected argument 'steps=3'"),
         ([STAGE1], "--workdir is missing"),
@@ -170,6 +176,7 @@ def test_a_finished_job_evaluates_anew_with_other_settings(job, tmp_path):
         ("second", "stage", "nonsense", r"^second: config\.stage must be"),
         ("second", "mesh", {"data": 3}, r"^second: config\.mesh is data=3"),
         ("second", "init_from", {"teacher": "../frist"}, r"^second: config\.init_from\.teacher: "),
+        ("second", "model", {"dim": 16}, r"^second: config\.init_from\.teacher=.*has model\.dim=8"),
         ("evaluate", "frames", 0, r"^evaluate\.frames is 0"),
     ],
 )
@@ -181,6 +188,16 @@ def test_a_mistake_in_any_stage_leaves_no_trace(job, tmp_path, group, field, val
         main.run(config, str(tmp_path / "job"))
     assert not (tmp_path / "job").exists()
     main.run(right, str(tmp_path / "job"))
+
+
+@pytest.mark.parametrize("jobs, named", [((), "''"), (("first", "secnod"), "'secnod'")])
+def test_jobs_that_there_are_not(job, tmp_path, jobs, named):
+    config, _ = job
+    with config.unlocked():
+        config.jobs = jobs
+    with pytest.raises(UserError, match=rf"^config\.jobs has {named}; give some of first, second$"):
+        main.run(config, str(tmp_path / "job"))
+    assert not (tmp_path / "job").exists()
 
 
 @pytest.mark.parametrize(

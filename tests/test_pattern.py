@@ -89,6 +89,8 @@ def test_chunks_after_given_frames():
     assert Pattern(chunk=3).after(1).chunk_index(7).tolist() == [0, 1, 1, 1, 2, 2, 2]
     assert Pattern(chunk=3).after(6) == Pattern(chunk=3)
     assert Pattern(chunk=3, first_chunk=1).after(6) == Pattern(chunk=3)
+    assert Pattern(chunk=3, first_chunk=4).after(7) == Pattern(chunk=3, first_chunk=4)
+    assert Pattern(chunk=3, first_chunk=4).after(0) == Pattern(chunk=3, first_chunk=4)
     assert Pattern(chunk=3, first_chunk=1).after(4) == Pattern(chunk=3, first_chunk=1)
     assert Pattern(chunk=3, window=6).after(5) == dataclasses.replace(
         Pattern(chunk=3, window=6), first_chunk=2

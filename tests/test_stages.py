@@ -11,7 +11,8 @@ import pytest
 from cfpp import flow, stages
 from cfpp.models.network import Network
 from cfpp.stages import consistency, dmd, ode
-from cfpp.stages.stage import clip
+from cfpp.stages.stage import clip, optimizer
+from configs import common
 from tests import tiny
 
 CONFIGS = {
@@ -100,6 +101,7 @@ def test_contract(variant):
 @pytest.mark.parametrize(
     ("stage", "fields", "message"),
     [
+        ("bidirectional", {"data.frames": 1}, "data.frames is 1; stage 0 needs at least 2"),
         ("consistency", {"solver": "rk4"}, "solver must be one of euler, heun, got 'rk4'"),
         ("consistency", {"distance": "l3"}, "distance must be one of mse, pseudo_huber"),
         ("ode", {"positions": (1000.0, 333.0)}, "do not all lie on the grid of 12 steps"),
@@ -108,6 +110,12 @@ def test_contract(variant):
         ("dmd", {"critic_steps": 0}, "critic_steps is 0; it must be at least 1"),
         ("dmd", {"given": 4}, "given is 4; it must be at least 0 and less than 4 frames"),
         ("dmd", {"score_sigma": (0.9, 0.1)}, "score_sigma must be a range within 0 and 1"),
+        ("dmd", {"score_sigma": (0.1, 0.5, 0.9)}, "score_sigma must be a range within 0 and 1"),
+        (
+            "dmd",
+            {"pattern.sink": 4, "pattern.window": 8},
+            "room for a sink of 4 frames and the first",
+        ),
         ("ar_diffusion", {"optimizer.schedule": "cosin"}, "optimizer.schedule must be one of"),
         ("ar_diffusion", {"model.prediction": "x1"}, "model.prediction must be one of velocity"),
         ("ar_diffusion", {"model.heads": 5}, "dim 24 does not split into 5 heads"),
@@ -120,6 +128,29 @@ def test_configs_that_cannot_be(stage, fields, message):
     config.update_from_flattened_dict(fields)
     with pytest.raises(ValueError, match=message):
         stages.build(config)
+
+
+@pytest.mark.parametrize(("group", "field"), [("model", "layer"), ("pattern", "windows")])
+def test_fields_that_no_network_has(group, field):
+    config = tiny_config("ar_diffusion")
+    config[group][field] = 3
+    with pytest.raises(ValueError, match=rf"config\.{group}: .*'{field}'"):
+        stages.build(config)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_the_rate_rises_to_its_peak_during_the_warmup(schedule, warmup):
+    config = common.optimizer("adamw", 0.125)
+    config.update({"schedule": schedule, "warmup": warmup, "b1": 0.0, "b2": 0.0})
+    transform = optimizer(config, 10**6)
+    state = transform.init(jnp.zeros(()))
+    updates = []
+    for _ in range(warmup + 2):  # with b1 = b2 = 0, Adam's update of a gradient of 1 is the rate
+        update, state = transform.update(jnp.ones(()), state, jnp.zeros(()))
+        updates.append(-float(update))
+    rising = [0.125 * step / warmup for step in range(warmup)]
+    np.testing.assert_allclose(updates, [*rising, 0.125, 0.125], rtol=1e-5)
 
 
 def test_stage_3_trains_without_rounding_what_it_replays():

@@ -150,12 +150,14 @@ def test_export_is_enough(workdir, tmp_path):
 
 def test_starts_from_a_held_out_frame_or_from_noise(workdir, capsys):
     config, _ = checkpoint.load_model(workdir)
-    held_out = pipeline.test_clips(config.data, 1, 1)["video"]
+    held_out = pipeline.test_clips(config.data, 1, 1)
     options = command.parse([f"--workdir={workdir}"])
-    np.testing.assert_array_equal(command.first_frames(options, config), held_out)
+    video, actions = command.first_frames(options, config)
+    np.testing.assert_array_equal(video, held_out["video"])
+    np.testing.assert_array_equal(actions, held_out["actions"])  # the one that led there
     assert capsys.readouterr().out == ""
     options = command.parse(["--checkpoint=export"])
-    assert command.first_frames(options, config).shape == (1, 0, 32, 32, 3)
+    assert [x.shape for x in command.first_frames(options, config)] == [(1, 0, 32, 32, 3), (1, 0)]
     said = "starting from noise: an export has no held-out frames; --first_frame=PICTURE starts"
     assert capsys.readouterr().out == f"{said} from a frame\n"
     with config.unlocked():
@@ -238,6 +240,7 @@ def test_actions_are_read_and_repeated():
         (["--seed=-1"], "--seed is -1"),
         (["--first_frame=nowhere.png"], "nowhere.png"),
         (["--out=/proc/x.mp4"], "/proc/x.mp4"),
+        (["--out=x.gif"], "--out=x.gif: the video is an MP4; give a name that ends in .mp4"),
         (["--mesh=rows=2"], "--mesh=rows=2: 'rows=2' is none of data=N"),
     ],
 )

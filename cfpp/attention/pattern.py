@@ -71,8 +71,11 @@ class Pattern:
         return np.unique(self.chunk_end(np.arange(frames)), return_inverse=True)[1]
 
     def after(self, context: int) -> "Pattern":
-        """The pattern whose chunks start anew after `context` given frames."""
-        if self.chunk is None:
+        """The pattern for what follows the first `context` frames of a clip.
+
+        Where a chunk begins there, the chunks are this pattern's own; else they start anew there.
+        """
+        if self.chunk is None or not context or self.chunk_end(context - 1) == context:
             return self
         return dataclasses.replace(self, first_chunk=context % self.chunk or None)
 

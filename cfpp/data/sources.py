@@ -50,6 +50,10 @@ class Episodes:
         self._picture = (data_config.height, data_config.width, 3)
         self._num_actions = data_config.num_actions
         builder = _open_dataset(directory)
+        if not builder.info.splits[split].num_examples:
+            raise UserError(
+                f"{directory} has no episodes in '{split}'; prepare more, or a split 'test' too"
+            )
         missing = {self._video, self._actions} - {"", *builder.info.features}
         if missing:
             raise UserError(
@@ -104,7 +108,7 @@ class Episodes:
                 f"{where}: '{self._actions}' is {actions.dtype} {list(actions.shape)}, but should "
                 f"be one integer for each of the {len(video)} frames"
             )
-        if actions.min() < 0 or actions.max() >= self._num_actions:
+        if self._num_actions and not 0 <= actions.min() <= actions.max() < self._num_actions:
             raise UserError(
                 f"{where}: actions are {actions.min()} to {actions.max()}, but data.num_actions is "
                 f"{self._num_actions}; they should be 0 to {self._num_actions - 1}"
@@ -135,7 +139,7 @@ def check(data_config: ml_collections.ConfigDict) -> None:
         return
     if not _recorded_directory(data_config, *_recording(data_config)).exists():
         actions = num_actions(data_config.name)
-        if data_config.num_actions != actions:
+        if data_config.num_actions not in (0, actions):  # 0: of a model that takes none
             raise UserError(
                 f"data.num_actions is {data_config.num_actions}; {data_config.name} has {actions}"
             )
@@ -160,6 +164,14 @@ def prepare(data_config: ml_collections.ConfigDict) -> None:
             _record(data_config, builder, recorded)
     for split in ("train", "test"):
         check_length(data_config, open_split(data_config, split)[0], f"the first {split} episode")
+
+
+def recorded_clips(data_config: ml_collections.ConfigDict, frames: int) -> int | None:
+    """How many held-out clips a recording has or will have; None of a dataset made elsewhere."""
+    if data_config.name.startswith("tfds:"):
+        return None
+    _, recorded = _recording(data_config)
+    return recorded.split_sizes()["test"] * (recorded.episode_frames // frames)
 
 
 def open_split(data_config: ml_collections.ConfigDict, split: str) -> Episodes:
@@ -242,7 +254,7 @@ def _recording(
     data_config: ml_collections.ConfigDict,
 ) -> tuple[type[recording.EpisodeBuilder], recording.RecordingConfig]:
     """The builder of the configured arena or game, and what it is to record."""
-    for field in ("episodes", "episode_frames"):
+    for field in ("episodes", "episode_frames", "height", "width"):
         if data_config[field] < 1:
             raise UserError(f"data.{field} is {data_config[field]}; give at least 1")
     size = {"episodes": data_config.episodes, "episode_frames": data_config.episode_frames}

@@ -54,6 +54,23 @@ class Settings:
             raise UserError(f"evaluate.seed is {self.seed}; it must be less than 2**32")
 
 
+def check(config: ml_collections.ConfigDict, data_config: ml_collections.ConfigDict) -> None:
+    """Checks `config.evaluate` before there are models, or data.
+
+    Raises:
+      UserError: a setting is out of range, or more clips are asked for than will be recorded.
+    """
+    settings = Settings(**config)
+    frames = settings.context + settings.frames
+    recorded = sources.recorded_clips(data_config, frames)
+    if recorded is not None and recorded < settings.episodes:
+        raise UserError(
+            f"evaluate.episodes is {settings.episodes}, of {frames} frames with those given; "
+            f"{data_config.name} is recorded with {recorded} such held-out clips "
+            "(data.episodes, data.episode_frames)"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Yardstick:
     """What every row is measured by.

@@ -350,11 +350,14 @@ class DiT(nn.Module):
                 )
         if self.height % self.patch or self.width % self.patch:
             raise ValueError(
-                f"a frame of {self.height} x {self.width} does not divide into patches of "
-                f"{self.patch} x {self.patch}"
+                f"model.patch is {self.patch}; a frame of {self.height} x {self.width} does not "
+                f"divide into patches of {self.patch} x {self.patch}"
             )
         if self.dim % self.heads or self.head_dim % 2:
-            raise ValueError(f"dim {self.dim} does not split into {self.heads} heads of even width")
+            raise ValueError(
+                f"model.heads is {self.heads}; dim {self.dim} does not split into {self.heads} "
+                "heads of even width"
+            )
 
     def setup(self):
         """Makes the layers."""

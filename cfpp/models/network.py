@@ -70,17 +70,18 @@ class Network:
         Raises:
           ValueError: it cannot be built.
         """
-        dit = DiT(**model)
-        dit.check()
-        return cls(dit, Pattern(**pattern))
+        parts = []
+        for kind, group, fields in ((DiT, "model", model), (Pattern, "pattern", pattern)):
+            try:
+                parts.append(kind(**fields))
+            except (TypeError, ValueError) as error:  # TypeError: a field is missing, or unknown
+                raise ValueError(f"config.{group}: {error}") from error
+        network = cls(*parts)
+        network.dit.check()
+        return network
 
     def after(self, given: int) -> "Network":
-        """The same network, for what follows the first `given` frames of a clip.
-
-        Where a chunk begins there, the chunks are the pattern's own; else they start anew there.
-        """
-        if given == 0 or self.pattern.chunk_end(given - 1) == given:
-            return self
+        """The same network, for what follows the first `given` frames; see `Pattern.after`."""
         return dataclasses.replace(self, pattern=self.pattern.after(given))
 
     def rolled(self) -> "Network":

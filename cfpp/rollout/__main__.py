@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import itertools
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -93,29 +92,34 @@ def steering(options: argparse.Namespace, num_actions: int) -> Iterator[int]:
     return held_actions(np.random.default_rng(options.seed), max(num_actions, 1), LONGEST_HOLD)
 
 
-def first_frames(options: argparse.Namespace, config: ml_collections.ConfigDict) -> np.ndarray:
+def first_frames(
+    options: argparse.Namespace, config: ml_collections.ConfigDict
+) -> tuple[np.ndarray, np.ndarray]:
     """What to start from: the picture given, else a held-out frame of the run's data, else nothing.
 
     Returns:
-      uint8 `[1, K, H, W, 3]`, K = 1 or 0.
+      uint8 `[1, K, H, W, 3]`, K = 1 or 0; and the actions that led there, int32 `[1, K]`, 0 for a
+      picture.
 
     Raises:
       UserError: the picture cannot be used.
     """
     height, width = config.model.height, config.model.width
     if options.first_frame:
-        return media.read_image(options.first_frame, height, width)[None, None]
+        picture = media.read_image(options.first_frame, height, width)
+        return picture[None, None], np.zeros((1, 1), np.int32)
     if options.workdir:
         folder, _ = checkpoint.find_model(options.workdir)
         try:
-            return pipeline.test_clips(workdirs.resolve(config, folder).data, 1, 1)["video"]
+            clip = pipeline.test_clips(workdirs.resolve(config, folder).data, 1, 1)
+            return clip["video"], clip["actions"]
         except UserError as error:
             why = str(error)
     else:
         why = "an export has no held-out frames"
     trained = ", as the model was trained to" if config.get("given") else ""
     print(f"starting from noise: {why}; --first_frame=PICTURE starts from a frame{trained}")
-    return np.zeros((1, 0, height, width, 3), np.uint8)
+    return np.zeros((1, 0, height, width, 3), np.uint8), np.zeros((1, 0), np.int32)
 
 
 def load(options: argparse.Namespace) -> tuple[ml_collections.ConfigDict, Params]:
@@ -161,6 +165,8 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
+    if not options.out.endswith(".mp4"):
+        raise UserError(f"--out={options.out}: the video is an MP4; give a name that ends in .mp4")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed is {options.seed}; it must be at least 0 and less than 2**32")
     with contextlib.ExitStack() as stack:
@@ -178,8 +184,7 @@ def stream(options: argparse.Namespace) -> None:
     fused = not options.latency
     rollout = generate.for_stage(config, options.steps, options.first_steps, fused)
     actions = steering(options, config.model.num_actions)
-    context = first_frames(options, config)
-    given = np.zeros((1, context.shape[1]), np.int32)
+    context, given = first_frames(options, config)
     key = jax.random.key(options.seed)
     player = lambda: Player(rollout, params, context, {"actions": given}, key)
     chunk = rollout.network.pattern.chunk
@@ -218,8 +223,5 @@ def stream(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with exit_on_user_error():
-            run(parse())
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    with exit_on_user_error():
+        run(parse())

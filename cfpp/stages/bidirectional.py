@@ -15,7 +15,13 @@ from cfpp.stages.stage import Stage, clip, descend, inherit, optimizer, start
 
 
 def build(config) -> Stage:
-    """Builds stage 0 from a config; `init_from.base`, where given, is where it starts."""
+    """Builds stage 0 from a config; `init_from.base`, where given, is where it starts.
+
+    Raises:
+      ValueError: a clip has one frame only, which may be given.
+    """
+    if config.data.frames < 2:
+        raise ValueError(f"data.frames is {config.data.frames}; stage 0 needs at least 2")
     network = Network.create(config.model, config.pattern)
     transform = optimizer(config.optimizer, config.steps)
 

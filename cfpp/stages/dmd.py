@@ -146,9 +146,9 @@ def build(config) -> Stage:
     given, frames = config.given, config.data.frames
     check_choice("history_gradient", config.history_gradient, HISTORY_GRADIENTS)
     check_choice("frozen_dtype", config.frozen_dtype, FLOATS)
-    low, high = config.score_sigma
-    if not 0 <= low < high <= 1:
+    if len(config.score_sigma) != 2 or not 0 <= config.score_sigma[0] < config.score_sigma[1] <= 1:
         raise ValueError(f"score_sigma must be a range within 0 and 1, got {config.score_sigma}")
+    low, high = config.score_sigma
     if config.critic_steps < 1:
         raise ValueError(f"critic_steps is {config.critic_steps}; it must be at least 1")
     if not 0 <= given < frames:
@@ -167,6 +167,12 @@ def build(config) -> Stage:
         raise ValueError(
             f"{frames} frames less {given} given ones do not divide into chunks of "
             f"{network.pattern.chunk}: the last one ends after frame {ends[-1]}"
+        )
+    size, sink = ends[0] - given, network.pattern.sink
+    if frames < max(given, sink) + size:
+        raise ValueError(
+            f"data.frames is {frames}; a rollout needs room for a sink of {sink} frames and the "
+            f"first chunk of {size}"
         )
     chunks = len(ends)
     sigmas = flow.schedule(config.positions, config.shift)
@@ -281,4 +287,5 @@ def build(config) -> Stage:
         parent_stages={"real": origin},
         usual_parents={"student": ("consistency", "ode"), "critic": (origin,)},
         parent_models={"real": real_model},
+        guided="real",
     )

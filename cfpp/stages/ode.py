@@ -97,4 +97,4 @@ def build(config) -> Stage:
 
     # From a bidirectional teacher it can be tried too, as an ablation of the paper does.
     usual = {"teacher": ("ar_diffusion",)}
-    return Stage(init, step, required=("teacher",), usual_parents=usual)
+    return Stage(init, step, required=("teacher",), usual_parents=usual, guided="teacher")

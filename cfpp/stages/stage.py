@@ -51,6 +51,7 @@ class Stage(NamedTuple):
       parent_stages: the stage that a role's model must come from, where it matters.
       usual_parents: the stages that a role's model comes from in the recipe; others are possible.
       parent_models: the model of a role where it is not `config.model`.
+      guided: the role that `config.guidance` is for; without one it is for the stage's own model.
     """
 
     init: Callable[[jax.Array, dict[str, Params]], State]
@@ -60,6 +61,7 @@ class Stage(NamedTuple):
     parent_stages: Mapping[str, str] = types.MappingProxyType({})
     usual_parents: Mapping[str, tuple[str, ...]] = types.MappingProxyType({})
     parent_models: Mapping[str, ml_collections.ConfigDict] = types.MappingProxyType({})
+    guided: str | None = None
 
 
 def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
@@ -107,7 +109,13 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
     """
     final_rate, adam_rate = config.get("final_rate", 0.0), config.get("adam_rate", config.rate)
     rates = {
-        "constant": lambda peak: optax.schedules.warmup_constant_schedule(0.0, peak, config.warmup),
+        "constant": lambda peak: optax.schedules.join_schedules(
+            [
+                optax.schedules.linear_schedule(0.0, peak, config.warmup),
+                optax.schedules.constant_schedule(peak),
+            ],
+            [config.warmup],  # `warmup_constant_schedule` stays at 0 for ever without a warmup
+        ),
         "cosine": lambda peak: optax.schedules.warmup_cosine_decay_schedule(
             0.0, peak, config.warmup, max(steps, config.warmup + 1), final_rate * peak
         ),

@@ -16,6 +16,7 @@ import dataclasses
 import errno
 import functools
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from logging import LogRecord, getLogger
 from typing import Any
@@ -302,7 +303,7 @@ def export(path: epath.PathLike, out: epath.PathLike) -> None:
     if out.exists():
         raise UserError(f"{out} exists and is not overwritten; choose another --out")
     config, params = load_model(path)
-    temporary = out.with_name(out.name + ".tmp")
+    temporary = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     handler = ocp.CompositeCheckpointHandler(**_handlers())
     with _saving(out), ocp.Checkpointer(handler) as checkpointer:
         temporary.mkdir(parents=True, exist_ok=True)
@@ -313,7 +314,7 @@ def export(path: epath.PathLike, out: epath.PathLike) -> None:
                 model=ocp.args.StandardSave(params),
                 fingerprint=ocp.args.JsonSave({MODEL: _sum_of_bits(params)}),
             ),
-            force=True,
+            force=True,  # the folder is there: it has shown that it can be written
         )
         workdirs.write_config(config, temporary)
         temporary.rename(out)

@@ -19,9 +19,8 @@ from cfpp import stages
 from cfpp.data import pipeline, sources
 from cfpp.errors import UserError
 from cfpp.parallel import hosts, mesh
-from cfpp.train import checkpoint, metrics, program, shapes
+from cfpp.train import checkpoint, metrics, program, samples, shapes
 from cfpp.train import workdir as workdirs
-from cfpp.train.samples import samples
 
 MOST = 2**31 - 1  # of whole numbers: a state counts in 32 bits
 BELOW_1 = 1 - 1e-6  # of averages, which at 1 would never move
@@ -107,13 +106,14 @@ def train(
     stage = build_stage(config)
     device_mesh = mesh.create(config.mesh)
     programs = programs_of(stage, config, device_mesh)
-    check_parents(config, stage)
+    check_parents(config, stage, lambda path: checkpoint.find_model(path)[1])
     workdirs.claim(as_given, workdir)  # only now: a mistake leaves no trace
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.disk_faults(workdir, "mend that, then start again"))
         stack.enter_context(workdirs.alone(workdir))
         hosts.one_after_another(lambda: sources.prepare(config.data))
+        samples.check(config)
         data = pipeline.train_batches(
             config.data,
             config.batch_size,
@@ -173,7 +173,7 @@ def train(
                 checkpoints.save(step, state, fingerprint, data)
             if config.sample_every and (step % config.sample_every == 0 or step == config.steps):
                 with jax.set_mesh(device_mesh):
-                    samples(config, state, step, writer, workdir)
+                    samples.draw(config, state, step, writer, workdir)
             if is_last:
                 break
 
@@ -188,15 +188,23 @@ def train(
         return True
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """Checks a stage as far as that goes without its data, its parents and a working directory.
+def check(
+    config: ml_collections.ConfigDict, find: Callable[[str], ml_collections.ConfigDict]
+) -> None:
+    """Checks a stage as far as that goes without its data and a working directory.
+
+    Args:
+      config: of the stage.
+      find: the configuration of a parent by its path: it may not have been trained yet.
 
     Raises:
       UserError: something in the configuration cannot be.
     """
     validate(config)
     sources.check(config.data)
-    program.divide(build_stage(config), config, mesh.create(config.mesh))
+    stage = build_stage(config)
+    program.divide(stage, config, mesh.create(config.mesh))
+    check_parents(config, stage, find)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -216,6 +224,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.model.{name} is {config.model[name]} and config.data.{name} is "
                 f"{config.data[name]}; they must be the same"
             )
+    if fields.get("guidance", 1.0) != 1.0 and fields.get("drop_rate") == 0.0:
+        raise UserError(
+            f"config.guidance is {config.guidance}, but with config.drop_rate=0 the model learns "
+            "no unconditional prediction; use guidance 1, or drop the condition of some clips"
+        )
     # All sources that there are give pixels, and no texts; without one a job is for `cfpp.aot`.
     for name, value in {
         "data.latents": False,
@@ -301,17 +314,24 @@ def programs_of(
         raise UserError(f"config.init_from ({roles}): {error}") from error
 
 
-def check_parents(config: ml_collections.ConfigDict, stage: stages.Stage) -> None:
+def check_parents(
+    config: ml_collections.ConfigDict,
+    stage: stages.Stage,
+    find: Callable[[str], ml_collections.ConfigDict],
+) -> None:
     """Checks what the shapes of parameters do not tell: that parents are used as they were trained.
+
+    Args:
+      config: of the stage.
+      stage: what it builds.
+      find: the configuration of a parent by its path.
 
     Raises:
       UserError: a parent of another architecture or stage, or guidance that it was not trained for.
-        Of an unusual stage it is told: that may be an ablation.
+        Of an unusual stage, or another attention pattern, it is told: that may be an ablation.
     """
-    for role, path in config.init_from.items():
-        if not path:
-            continue
-        where, parent = f"config.init_from.{role}={path}", checkpoint.find_model(path)[1]
+    for role, parent in parents(config, find).items():
+        where = f"config.init_from.{role}={config.init_from[role]}"
         model = stage.parent_models.get(role, config.model)
         for name, value in parent.model.items():
             if name not in OWN_FIELDS and value != model[name]:
@@ -329,12 +349,14 @@ def check_parents(config: ml_collections.ConfigDict, stage: stages.Stage) -> Non
                 "to see what comes of it",
                 *(where, parent.stage, config.stage, " or ".join(usual)),
             )
-        undropped = "drop_rate" in parent and parent.drop_rate == 0.0
-        if "guidance" in config and config.guidance != 1.0 and undropped:
+        if role == stage.guided and config.guidance != 1.0 and parent.get("drop_rate") == 0.0:
             raise UserError(
                 f"config.guidance is {config.guidance}, but {where} was trained with "
                 "config.drop_rate=0 and knows no unconditional prediction; use guidance 1"
             )
+        theirs, own = parent.pattern.to_dict(), config.pattern.to_dict()
+        if parent.stage != "bidirectional" and theirs != own:
+            logging.warning("%s was trained with config.pattern %s, not %s", where, theirs, own)
 
 
 def announce(state: Any, progress: metrics.Progress, writer: metrics.Writer) -> None:

@@ -8,6 +8,7 @@ from jax.experimental import multihost_utils
 
 from cfpp import media
 from cfpp.data import pipeline
+from cfpp.errors import UserError
 from cfpp.models.network import Network
 from cfpp.parallel import hosts
 from cfpp.rollout import generate
@@ -18,7 +19,21 @@ CLIPS = 4
 BASE_STEPS = 24  # of Euler's method, for a bidirectional model
 
 
-def samples(
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError if a run could draw no samples: its data must be prepared."""
+    if not config.sample_every:
+        return
+    try:
+        pipeline.test_clips(config.data, CLIPS, config.data.frames)
+        if config.stage != "bidirectional":
+            generate.for_stage(config)
+    except UserError as error:
+        raise UserError(
+            f"no samples can be drawn: {error}; or set config.sample_every=0"
+        ) from error
+
+
+def draw(
     config: ml_collections.ConfigDict,
     state: State,
     step: int,

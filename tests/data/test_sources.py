@@ -116,6 +116,7 @@ def test_reading_needs_neither_tensorflow_nor_jax():
         ({"num_actions": 4}, "data.num_actions is 4; arena has 5"),
         ({"episodes": 0}, "data.episodes is 0"),
         ({"episode_frames": -1}, "data.episode_frames is -1"),
+        ({"name": "atari:Boxing", "height": 0}, "data.height is 0"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, fields, message):
@@ -272,6 +273,20 @@ def test_without_an_action_feature_all_actions_are_zero(plays):
     config = plays.copy_and_resolve_references()
     config.action_feature = ""
     assert all((episode["actions"] == 0).all() for episode in contents(config, "train"))
+
+
+def test_a_model_may_take_no_actions(plays, tmp_path):
+    config = plays.copy_and_resolve_references()
+    config.num_actions = 0
+    sources.prepare(config)
+    arena = make_config(tmp_path, num_actions=0)
+    sources.check(arena)
+
+
+def test_too_few_episodes_to_keep_some_for_testing(tmp_path):
+    config = prepare_plays(tmp_path, train=4)
+    with pytest.raises(UserError, match=r"has no episodes in 'train\[90%:\]'; prepare more, or"):
+        sources.prepare(config)
 
 
 def test_validation_episodes_serve_as_test_episodes(tmp_path):

@@ -33,6 +33,7 @@ def config(**changes) -> ml_collections.ConfigDict:
             "keep": 2,
             "data": {"name": "tfds:fake", "directory": "", "sizes": (1, 2)},
             "model": {"dim": 8},
+            "pattern": {"chunk": 1},
             "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1},
             "init_from": {},
             "bad_loss_at": -1,  # the step whose loss is not a number

@@ -187,7 +187,11 @@ def test_export_overwrites_nothing_and_damage_is_told(trained, tmp_path):
     with pytest.raises(UserError, match="exists and is not overwritten"):
         checkpoint.export(trained, out)
     out.rmdir()
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp/mine").touch()
     checkpoint.export(trained, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
+    assert (tmp_path / "out.tmp/mine").exists()
     flip_a_bit(largest_file(out / "model"))
     with pytest.raises(UserError, match=r"is damaged .*; export it again"):
         checkpoint.load_model(out)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cfpp.errors import UserError
-from cfpp.train import checkpoint, loop, program
+from cfpp.train import checkpoint, loop, program, samples
 from cfpp.train import workdir as workdirs
 from tests.train import crash, fake
 
@@ -259,13 +259,57 @@ def test_an_unusual_parent_is_told(finished, tmp_path, caplog):
     assert told.startswith(f"config.init_from.teacher={finished} is a model of stage fake; stage")
 
 
+def test_guidance_needs_a_model_that_was_trained_for_it(finished, tmp_path):
+    def run(name, guided, **changes):
+        build = lambda config: fake.build(config)._replace(guided=guided)
+        parent = fake.config(steps=1, drop_rate=0.0)
+        if not (tmp_path / "parent").exists():
+            loop.train(parent, tmp_path / "parent")
+        with mock.patch("cfpp.stages.build", build):
+            config = fake.config(
+                steps=1, init_from={"teacher": str(tmp_path / "parent")}, **changes
+            )
+            loop.train(config, tmp_path / name)
+
+    with pytest.raises(UserError, match=r"was trained with config\.drop_rate=0 and knows no"):
+        run("1", "teacher", guidance=2.0)
+    run("2", "teacher", guidance=1.0)
+    # Of a stage that guides its own model, the parent's does not matter.
+    run("3", None, guidance=2.0, drop_rate=0.1)
+    with pytest.raises(UserError, match=r"with config\.drop_rate=0 the model learns no"):
+        run("4", None, guidance=2.0, drop_rate=0.0)
+
+
+def test_a_parent_of_another_pattern_is_told(finished, tmp_path, caplog):
+    changes = {"init_from": {"teacher": str(finished)}, "steps": 1}
+    loop.train(fake.config(**changes), tmp_path / "same")
+    assert "config.pattern" not in caplog.text
+    loop.train(fake.config(**changes, pattern={"chunk": 3}), tmp_path / "other")
+    assert "was trained with config.pattern {'chunk': 1}, not {'chunk': 3}" in caplog.text
+
+
+def test_samples_that_cannot_be_drawn_are_told_before_training():
+    config = fake.config(sample_every=5, pattern={"chunk": 1, "window": None})
+    with config.unlocked():
+        config.data.frames = 8
+    with mock.patch("cfpp.data.pipeline.test_clips", side_effect=UserError("too few clips")):
+        with pytest.raises(UserError, match=r"too few clips; or set config\.sample_every=0"):
+            samples.check(config)
+        config.sample_every = 0
+        samples.check(config)
+    config.sample_every = 5
+    with mock.patch("cfpp.data.pipeline.test_clips"), pytest.raises(UserError, match="no window"):
+        samples.check(config)
+
+
 def test_samples_are_asked_for(tmp_path):
-    with mock.patch.object(loop, "samples") as samples:
+    with mock.patch.object(loop, "samples") as asked:
         loop.train(fake.config(sample_every=5), tmp_path)
-    assert [call.args[2] for call in samples.call_args_list] == [5, 10, 12]
-    with mock.patch.object(loop, "samples") as samples:
+    assert asked.check.called
+    assert [call.args[2] for call in asked.draw.call_args_list] == [5, 10, 12]
+    with mock.patch.object(loop, "samples") as asked:
         loop.train(fake.config(sample_every=0), tmp_path / "none")
-    assert not samples.called
+    assert not asked.draw.called
 
 
 def test_donated_buffers_do_not_reach_the_disk(tmp_path):
