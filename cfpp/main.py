@@ -93,7 +93,8 @@ def _illegal_value(default: Config, error: flags.IllegalFlagValueError) -> str:
     if isinstance(value, Config):
         return f"{flag}: this is a group of fields; set --config.{field}.{next(iter(value))}, ..."
     wanted = config_path.get_type(field, default).__name__  # a placeholder's too
-    return f"{flag}: give a value of type {wanted}, as the default {value!r}"
+    default_value = "" if value is None else f", as the default {value!r}"
+    return f"{flag}: give a value of type {wanted}{default_value}"
 
 
 def _unknown_field(argv: list[str], path: str, default: Config, error: Exception) -> str:

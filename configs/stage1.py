@@ -17,7 +17,7 @@ def get_config(arg: str = ""):
     del config.frozen_dtype  # no network only lends its output
     config.init_from.base = ""  # the stage-0 model to start from, or ''
     if options.world != "wan_1_3b":
-        # In ten minutes, more steps do more than larger batches (docs/quickstart.md).
+        # In small worlds more steps do more than larger batches, at first (docs/quickstart.md).
         config.batch_size, config.ema.decay = 4, 0.995
     if options.world == "wan_1_3b":
         config.steps = 20_000

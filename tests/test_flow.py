@@ -43,7 +43,7 @@ def test_published_schedule():
 
 @pytest.mark.parametrize("positions", [[], [500, 1000], [1001], [500, 500], [0]])
 def test_schedule_refuses_what_does_not_fall(positions):
-    with pytest.raises(ValueError, match="must fall within"):
+    with pytest.raises(ValueError, match="must fall, from 1000 at most"):
         flow.schedule(positions, 5.0)
 
 

@@ -52,7 +52,7 @@ def command(*arguments, module="cfpp.main"):
         ),
         (
             [STAGE1, "--config.pattern.first_chunk=x"],
-            "=x: give a value of type int, as",
+            "=x: give a value of type int\n",
         ),
         ([STAGE1, "--workdir=x", "--num_processes=two"], "flag --num_processes=two: "),
         ([STAGE1, "--workdir=x", "--profile=maybe"], "flag --profile=maybe: "),

@@ -101,7 +101,7 @@ def test_contract(variant):
 @pytest.mark.parametrize(
     ("stage", "fields", "message"),
     [
-        ("bidirectional", {"data.frames": 1}, "data.frames is 1; stage 0 needs at least 2"),
+        ("bidirectional", {"data.frames": 1}, "data.frames is 1; with a given_rate above 0"),
         ("consistency", {"solver": "rk4"}, "solver must be one of euler, heun, got 'rk4'"),
         ("consistency", {"distance": "l3"}, "distance must be one of mse, pseudo_huber"),
         ("ode", {"positions": (1000.0, 333.0)}, "do not all lie on the grid of 12 steps"),

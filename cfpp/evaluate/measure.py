@@ -63,11 +63,11 @@ def check(config: ml_collections.ConfigDict, data_config: ml_collections.ConfigD
     settings = Settings(**config)
     frames = settings.context + settings.frames
     recorded = sources.recorded_clips(data_config, frames)
-    if recorded is not None and recorded < settings.episodes:
+    if recorded is not None and recorded < 2 * settings.episodes:  # as many serve as the reference
         raise UserError(
-            f"evaluate.episodes is {settings.episodes}, of {frames} frames with those given; "
-            f"{data_config.name} is recorded with {recorded} such held-out clips "
-            "(data.episodes, data.episode_frames)"
+            f"evaluate.episodes is {settings.episodes}, which takes {2 * settings.episodes} clips "
+            f"of {frames} frames; {data_config.name} is recorded with {recorded} such held-out "
+            "clips (data.episodes, data.episode_frames)"
         )
 
 
@@ -81,7 +81,7 @@ class Yardstick:
       actions: int32 `[E, context + frames]`.
       states: of the arena, `[E, context + frames, ...]`; None in other worlds.
       starts: int, episodes from whose first frame directions are sampled; empty in other worlds.
-      probe: tells actions.
+      probe: tells actions; None in a world without.
       scale, reference: unit and real values of the features of the Frechet distance.
     """
 
@@ -90,7 +90,7 @@ class Yardstick:
     actions: np.ndarray
     states: arena.States | None
     starts: np.ndarray
-    probe: probe.Probe
+    probe: probe.Probe | None
     scale: np.ndarray
     reference: np.ndarray
 
@@ -117,15 +117,14 @@ def prepare(data_config: ml_collections.ConfigDict, settings: Settings) -> Yards
             away = metrics.away_from_walls(states["balls"][:, 0])
             starts = np.flatnonzero(away)[: settings.starts]
     scale = features.spread(references)
+    train_episodes, told = sources.open_split(data_config, "train"), data_config.num_actions
     return Yardstick(
         settings=settings,
         video=video,
         actions=actions,
         states=states,
         starts=starts,
-        probe=probe.train(
-            sources.open_split(data_config, "train"), data_config.num_actions, settings.probe_steps
-        ),
+        probe=probe.train(train_episodes, told, settings.probe_steps) if told else None,
         scale=scale,
         reference=features.windows(references, scale),
     )
@@ -146,18 +145,19 @@ def figures(yardstick: Yardstick, video: np.ndarray, steps: np.ndarray | None) -
         than in the arena.
 
     Returns:
-      `frechet` and `action_accuracy`; in the arena also `agent_error` (pixels, at the last frame),
-      `intact_<frame>` and `allowed` (shares) and, with `steps`, `directions` (total variation).
+      `frechet` and, where there are actions, `action_accuracy`; in the arena also `agent_error`
+      (pixels, at the last frame), `intact_<frame>` and `allowed` (shares) and, with `steps`,
+      `directions` (total variation).
     """
     settings = yardstick.settings
     video = np.concatenate([yardstick.given, video], axis=1)
     context = settings.context
-    told = probe.told_actions(yardstick.probe, video[:, context - 1 :])
     values = features.windows(video[:, context - 1 :], yardstick.scale)
-    result = {
-        "frechet": metrics.frechet(values, yardstick.reference),
-        "action_accuracy": metrics.average((told == yardstick.actions[:, context:]).mean(1)),
-    }
+    result = {"frechet": metrics.frechet(values, yardstick.reference)}
+    if yardstick.probe is not None:
+        told = probe.told_actions(yardstick.probe, video[:, context - 1 :])
+        right = told == yardstick.actions[:, context:]
+        result["action_accuracy"] = metrics.average(right.mean(1))
     if yardstick.states is None:
         return result
 

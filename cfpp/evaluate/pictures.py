@@ -53,6 +53,8 @@ def action_symbols(data: str, num_actions: int) -> Callable[[int], str]:
 
     The 18 actions of the Atari console are in the emulator's order; ● is the fire button.
     """
+    if not num_actions:
+        return lambda action: ""
     table = [str(action) for action in range(num_actions)]
     if data == "arena":
         table = ["·", "↑", "↓", "←", "→"]

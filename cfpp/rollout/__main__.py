@@ -165,7 +165,7 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
-    if not options.out.endswith(".mp4"):
+    if not options.out.lower().endswith(".mp4"):
         raise UserError(f"--out={options.out}: the video is an MP4; give a name that ends in .mp4")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed is {options.seed}; it must be at least 0 and less than 2**32")

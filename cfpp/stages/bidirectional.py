@@ -18,10 +18,12 @@ def build(config) -> Stage:
     """Builds stage 0 from a config; `init_from.base`, where given, is where it starts.
 
     Raises:
-      ValueError: a clip has one frame only, which may be given.
+      ValueError: clips have one frame only, which may be given: nothing would be left to learn.
     """
-    if config.data.frames < 2:
-        raise ValueError(f"data.frames is {config.data.frames}; stage 0 needs at least 2")
+    if config.given_rate and config.data.frames < 2:
+        raise ValueError(
+            f"data.frames is {config.data.frames}; with a given_rate above 0 stage 0 needs 2"
+        )
     network = Network.create(config.model, config.pattern)
     transform = optimizer(config.optimizer, config.steps)
 

@@ -224,7 +224,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.model.{name} is {config.model[name]} and config.data.{name} is "
                 f"{config.data[name]}; they must be the same"
             )
-    if fields.get("guidance", 1.0) != 1.0 and fields.get("drop_rate") == 0.0:
+    is_causal = config.stage != "bidirectional"
+    if is_causal and fields.get("sample_every") and fields.get("pattern.window", 0) is None:
+        raise UserError(
+            "config.pattern.window is None, but sample videos are streamed in a window; give one, "
+            "or set config.sample_every=0"
+        )
+    # A base may have learned it before.
+    untaught = fields.get("drop_rate") == 0.0 and not config.init_from.get("base")
+    if fields.get("guidance", 1.0) != 1.0 and untaught:
         raise UserError(
             f"config.guidance is {config.guidance}, but with config.drop_rate=0 the model learns "
             "no unconditional prediction; use guidance 1, or drop the condition of some clips"

@@ -20,13 +20,11 @@ BASE_STEPS = 24  # of Euler's method, for a bidirectional model
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError if a run could draw no samples: its data must be prepared."""
+    """Raises UserError if a run's data, which must be prepared, have too few clips for samples."""
     if not config.sample_every:
         return
     try:
         pipeline.test_clips(config.data, CLIPS, config.data.frames)
-        if config.stage != "bidirectional":
-            generate.for_stage(config)
     except UserError as error:
         raise UserError(
             f"no samples can be drawn: {error}; or set config.sample_every=0"

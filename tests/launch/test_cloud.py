@@ -216,7 +216,7 @@ def test_a_preempted_tpu_is_made_again_and_the_job_goes_on(cloud):
 def test_a_preempted_gpu_machine_is_started_again_and_the_job_goes_on(cloud):
     """The job saved at SIGTERM and ended with 0: it is not through."""
     cloud.plan(events={"5": "preempt"})
-    cloud.job("train", "done")
+    cloud.job("train", "recovered")
     done = cloud("gpu", "run", *FLAGS["gpu"], "--crashes=0", JOB)
     assert done.returncode == 0, done.stderr
     assert cloud.calls("create", "delete") == ["create"]

@@ -110,7 +110,7 @@ class Arrived(Exception):
     pass
 
 config = tiny_config("dmd")
-config.batch_size = 8
+config.batch_size, config.sample_every = 8, 0
 config.mesh.update({"data": 1, "fsdp": 8})
 config.real_model.ffn_dim = 64
 real = {**config.model, **config.real_model}

@@ -288,18 +288,16 @@ def test_a_parent_of_another_pattern_is_told(finished, tmp_path, caplog):
     assert "was trained with config.pattern {'chunk': 1}, not {'chunk': 3}" in caplog.text
 
 
-def test_samples_that_cannot_be_drawn_are_told_before_training():
-    config = fake.config(sample_every=5, pattern={"chunk": 1, "window": None})
-    with config.unlocked():
-        config.data.frames = 8
+def test_samples_that_cannot_be_drawn_are_told_before_training(tmp_path):
     with mock.patch("cfpp.data.pipeline.test_clips", side_effect=UserError("too few clips")):
+        config = fake.config(sample_every=5, data={"frames": 8})
         with pytest.raises(UserError, match=r"too few clips; or set config\.sample_every=0"):
             samples.check(config)
-        config.sample_every = 0
-        samples.check(config)
-    config.sample_every = 5
-    with mock.patch("cfpp.data.pipeline.test_clips"), pytest.raises(UserError, match="no window"):
-        samples.check(config)
+        samples.check(fake.config(sample_every=0))
+    config = fake.config(sample_every=5, pattern={"chunk": 1, "window": None})
+    with pytest.raises(UserError, match=r"config\.pattern\.window is None, but sample videos"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_samples_are_asked_for(tmp_path):
