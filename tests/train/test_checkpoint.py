@@ -4,6 +4,7 @@ import pathlib
 import shutil
 import subprocess
 import weakref
+from unittest import mock
 
 import jax
 import numpy as np
@@ -192,6 +193,10 @@ def test_export_overwrites_nothing_and_damage_is_told(trained, tmp_path):
     checkpoint.export(trained, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
     assert (tmp_path / "out.tmp/mine").exists()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch("cfpp.train.workdir.write_config", side_effect=full), pytest.raises(UserError):
+        checkpoint.export(trained, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
     flip_a_bit(largest_file(out / "model"))
     with pytest.raises(UserError, match=r"is damaged .*; export it again"):
         checkpoint.load_model(out)
