@@ -16,12 +16,12 @@ def get_config(arg: str = ""):
     config.drop_rate = 0.0  # how often the condition is dropped, for guidance
     del config.frozen_dtype  # no network only lends its output
     config.init_from.base = ""  # the stage-0 model to start from, or ''
-    if options.world != "wan_1_3b":
-        # In small worlds more steps do more than larger batches, at first (docs/quickstart.md).
-        config.batch_size, config.ema.decay = 4, 0.995
     if options.world == "wan_1_3b":
         config.steps = 20_000
         config.optimizer = common.wan_optimizer()
         config.sigma_floor = 0.0
         config.drop_rate = 0.1
+    else:
+        # In small worlds more steps do more than larger batches, at first (docs/quickstart.md).
+        config.batch_size, config.ema.decay = 4, 0.995
     return config

@@ -53,6 +53,16 @@ class Settings:
         if self.seed >= 2**32:
             raise UserError(f"evaluate.seed is {self.seed}; it must be less than 2**32")
 
+    @property
+    def clips(self) -> int:
+        """Held-out clips that are read: as many again are the Frechet distance's reference."""
+        return 2 * self.episodes
+
+    @property
+    def length(self) -> int:
+        """Frames of each."""
+        return self.context + self.frames
+
 
 def check(config: ml_collections.ConfigDict, data_config: ml_collections.ConfigDict) -> None:
     """Checks `config.evaluate` before there are models, or data.
@@ -61,13 +71,12 @@ def check(config: ml_collections.ConfigDict, data_config: ml_collections.ConfigD
       UserError: a setting is out of range, or more clips are asked for than will be recorded.
     """
     settings = Settings(**config)
-    frames = settings.context + settings.frames
-    recorded = sources.recorded_clips(data_config, frames)
-    if recorded is not None and recorded < 2 * settings.episodes:  # as many serve as the reference
+    recorded = sources.recorded_clips(data_config, settings.length)
+    if recorded is not None and recorded < settings.clips:
         raise UserError(
-            f"evaluate.episodes is {settings.episodes}, which takes {2 * settings.episodes} clips "
-            f"of {frames} frames; {data_config.name} is recorded with {recorded} such held-out "
-            "clips (data.episodes, data.episode_frames)"
+            f"evaluate.episodes is {settings.episodes}, which takes {settings.clips} clips of "
+            f"{settings.length} frames; {data_config.name} is recorded with {recorded} such "
+            "held-out clips (data.episodes, data.episode_frames)"
         )
 
 
@@ -106,8 +115,8 @@ def prepare(data_config: ml_collections.ConfigDict, settings: Settings) -> Yards
     The reference of the Frechet distance is as many other held-out clips, so that real clips do
     not score 0 but what no model can be expected to undercut.
     """
-    episodes, length = settings.episodes, settings.context + settings.frames
-    clips = pipeline.test_clips(data_config, 2 * episodes, length)
+    episodes = settings.episodes
+    clips = pipeline.test_clips(data_config, settings.clips, settings.length)
     video, actions = clips["video"][:episodes], clips["actions"][:episodes]
     references = clips["video"][episodes:, settings.context - 1 :]
     states, starts = None, np.zeros(0, int)

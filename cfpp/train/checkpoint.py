@@ -308,7 +308,7 @@ def export(path: epath.PathLike, out: epath.PathLike) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_saving(out))
         checkpointer = stack.enter_context(ocp.Checkpointer(handler))
-        stack.callback(lambda: temporary.exists() and temporary.rmtree())  # after a failure
+        stack.callback(temporary.rmtree, missing_ok=True)  # after a failure
         temporary.mkdir(parents=True, exist_ok=True)
         _check_room(temporary, params)
         checkpointer.save(
