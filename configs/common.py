@@ -91,7 +91,7 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
     config.init_from = ConfigDict()
     if options.world == "atari":
         config.batch_size = 4  # of 64 tokens a frame: more steps do more than larger ones
-        config.pattern.window = 2 * options.chunk + 1  # two frames show how all move
+        config.pattern.window = 2 * options.chunk + 1  # two frames before it show how all move
     if options.smoke:
         config.sample_every = 0
     if options.world == "wan_1_3b":
@@ -179,7 +179,8 @@ def model(options: ConfigDict) -> ConfigDict:
         config.remat = "full"
         config.unroll = 1
     if options.smoke:
-        config.dim, config.ffn_dim, config.layers, config.unroll = 64, 128, 2, 1
+        config.dim, config.ffn_dim, config.heads = 64, 128, 4
+        config.layers, config.unroll = 2, 1
     return config
 
 

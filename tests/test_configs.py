@@ -90,6 +90,15 @@ def test_every_stage_of_every_quickstart_can_be_built(variant):
     evaluate.check(config.evaluate, config.stage1.data)
 
 
+@pytest.mark.parametrize("arg", ["arena,smoke", "atari,smoke", "atari,smoke,chunk=3"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_a_miniature(stage, arg):
+    config = config_of(stage, arg)
+    loop.validate(config)
+    loop.build_stage(config)
+    assert count(config.model, config.pattern) < 500_000
+
+
 @pytest.mark.parametrize("arg", ["", "wan_1_3b"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_field_is_read(stage, arg, monkeypatch):

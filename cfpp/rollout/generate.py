@@ -6,7 +6,7 @@ which gives the keys and values that later chunks attend to. That *context pass*
 
   - separate: S + 1 passes a chunk, the cache is complete as soon as the chunk is (latency), or
   - fused with the next chunk's first step, one pass over `[clean i | noisy i + 1]`: S passes a
-    chunk (throughput). The result is the same.
+    chunk (throughput). The result is the same, but for the rounding of a cache in 8 bits.
 
 Everything is a function of (seed, frame number), so a clip rolled out in one scan, frame by frame
 or as a stream is one and the same.
