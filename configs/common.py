@@ -91,7 +91,6 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
     config.init_from = ConfigDict()
     if options.world == "atari":
         config.batch_size = 4  # of 64 tokens a frame: more steps do more than larger ones
-        config.pattern.window = 2 * options.chunk + 1  # two frames before it show how all move
     if options.smoke:
         config.sample_every = 0
     if options.world == "wan_1_3b":
@@ -124,7 +123,6 @@ def data(options: ConfigDict) -> ConfigDict:
     config.episode_frames = 64
     if options.world == "atari":
         config.name = "atari:Boxing"
-        config.frames = 6
         config.height = config.width = 64
         config.num_actions = 18
         config.episodes = 256

@@ -19,7 +19,7 @@ JOBS = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}
 STEPS = {
     "": (150, 2200, 700, 60),
     "smoke": (4, 6, 4, 2),
-    "atari": (100, 3600, 350, 60),
+    "atari": (100, 3700, 350, 40),
     "long": (8000, 6000, 1200, 200),
 }
 
