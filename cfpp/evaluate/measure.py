@@ -126,14 +126,17 @@ def prepare(data_config: ml_collections.ConfigDict, settings: Settings) -> Yards
             away = metrics.away_from_walls(states["balls"][:, 0])
             starts = np.flatnonzero(away)[: settings.starts]
     scale = features.spread(references)
-    train_episodes, told = sources.open_split(data_config, "train"), data_config.num_actions
+    teller = None
+    if data_config.num_actions:
+        train_episodes = sources.open_split(data_config, "train")
+        teller = probe.train(train_episodes, data_config.num_actions, settings.probe_steps)
     return Yardstick(
         settings=settings,
         video=video,
         actions=actions,
         states=states,
         starts=starts,
-        probe=probe.train(train_episodes, told, settings.probe_steps) if told else None,
+        probe=teller,
         scale=scale,
         reference=features.windows(references, scale),
     )

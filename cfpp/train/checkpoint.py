@@ -305,9 +305,7 @@ def export(path: epath.PathLike, out: epath.PathLike) -> None:
     config, params = load_model(path)
     temporary = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     handler = ocp.CompositeCheckpointHandler(**_handlers())
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_saving(out))
-        checkpointer = stack.enter_context(ocp.Checkpointer(handler))
+    with _saving(out), ocp.Checkpointer(handler) as checkpointer, contextlib.ExitStack() as stack:
         stack.callback(temporary.rmtree, missing_ok=True)  # after a failure
         temporary.mkdir(parents=True, exist_ok=True)
         _check_room(temporary, params)
