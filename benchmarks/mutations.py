@@ -294,13 +294,12 @@ MUTATIONS = (
     ),
     Mutation(
         "pending_lost", "the fused step loses the pending frames", "cfpp/rollout/generate.py",
-        "stream.replace(pending=x0, pending_frame=frame)",
-        "stream.replace(pending=x0, pending_frame=0 * frame - 1)", FUSED,
+        "pending_frame=frame,", "pending_frame=0 * frame - 1,", FUSED,
     ),
     Mutation(
-        "pending_action", "the fused step writes frames with the actions before theirs",
-        "cfpp/rollout/generate.py", "stream = stream.replace(pending_actions=actions)",
-        "stream = stream.replace(pending_actions=stream.pending_actions)", FUSED,
+        "pending_action", "frames are written to the cache without their actions",
+        "cfpp/rollout/generate.py", "pending_actions=actions,",
+        "pending_actions=jnp.zeros_like(actions),", FUSED,
     ),
     Mutation(
         "given_without_sink", "of more given frames than the cache holds the sink is not written",

@@ -122,9 +122,9 @@ def frames(*arguments):
     return np.stack([call.args[0] for call in append.call_args_list]).astype(int)
 
 alone = frames()
-programs = stream._play._cache_size()
+programs = stream._generate._cache_size()
 divided = frames("--mesh=data=1,context=4,tensor=2")
-assert stream._play._cache_size() <= programs + 2  # the first chunk's and the others'
+assert stream._generate._cache_size() <= programs + 2  # the first chunk's and the others'
 np.testing.assert_allclose(divided, alone, atol=1)
 print("equal")
 """
@@ -207,6 +207,27 @@ def test_stream_is_the_clip(pattern, given):
     assert np.mean((clip > 0) & (clip < 255)) > 0.2  # else there would be little to see
 
 
+@pytest.mark.parametrize("pattern", [Pattern(window=3), Pattern(first_chunk=2, window=3)])
+def test_frames_do_not_wait_for_their_context_pass(pattern):
+    """Kept apart, it is a program of its own: the one that makes the frames leaves the cache be."""
+    net = tiny.network(pattern, channels=3)
+    rollout = generate.Rollout(net, generate.consistency(1, 3.0), fused=False)
+    caches = []
+
+    def remembered(rollout, params, cache, stream):
+        assert (stream.pending_frame >= 0).all()
+        caches.append(np.array(cache.frame))
+        return remember(rollout, params, cache, stream)
+
+    remember = stream_module._remember
+    context, condition = np.zeros((1, 0, 8, 12, 3), np.uint8), {"actions": tiny.actions(0)[:1]}
+    with mock.patch.object(stream_module, "_remember", remembered):
+        player = Player(rollout, tiny.params(net), context, condition, jax.random.key(0))
+        chunks = [player.play(np.zeros((1, 1), np.int32)).shape[1] for _ in range(3)]
+    for n, frame in enumerate(caches):
+        assert sorted(frame[frame >= 0]) == list(range(sum(chunks[:n])))[-3:]
+
+
 @pytest.mark.parametrize("given", [0, 1])
 def test_chunks_share_one_program(workdir, given):
     """From a picture or from noise, the second chunk is not compiled anew."""
@@ -214,11 +235,11 @@ def test_chunks_share_one_program(workdir, given):
     rollout = generate.for_stage(config, steps=2)
     context = np.zeros((3, given, 32, 32, 3), np.uint8)  # 3: a batch that no other test has
     condition = {"actions": np.zeros((3, given), np.int32)}
-    before = stream_module._play._cache_size()
+    before = stream_module._generate._cache_size()
     player = Player(rollout, params, context, condition, jax.random.key(0))
     for _ in range(3):
         player.play(np.zeros((3, 1), np.int32))
-    assert stream_module._play._cache_size() <= before + 1
+    assert stream_module._generate._cache_size() <= before + 1
 
 
 def test_actions_are_read_and_repeated():

@@ -269,10 +269,15 @@ def test_descent_is_clipped_averaged_and_counted(accumulate):
     state, metrics = descend(start(p, transform), transform, loss, x, config)
     assert metrics["loss"] == 11.75 and metrics["grad_norm"] == 4.0 and int(state.step) == 1
     assert state.params["model"] == 0.5  # half of the clipped gradient
-    assert state.ema == 0.125  # a quarter of the way
-    assert (
-        average(p, p + 1, jnp.int32(3), ml_collections.ConfigDict({"decay": 0.5, "start": 5})) == 1
-    )
+    assert state.ema == np.float32(0.45)  # nine tenths of the way, as the first step's average
+
+
+def test_average_of_parameters():
+    """From `start` on (1 + n) / (10 + n) is kept, until that is more than the decay: n = 8."""
+    config = ml_collections.ConfigDict({"decay": 0.5, "start": 5})
+    kept = [1 - average(0.0, 1.0, jnp.int32(step), config) for step in range(20)]
+    expected = [0] * 5 + [(1 + n) / (10 + n) for n in range(8)] + [0.5] * 7
+    np.testing.assert_allclose(kept, expected, rtol=1e-6)
 
 
 def test_noise_of_a_rollout_is_fresh():

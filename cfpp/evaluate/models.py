@@ -112,12 +112,15 @@ def find_stages(
 
 
 def find_rows(stages: dict[epath.Path, ml_collections.ConfigDict]) -> list[Row]:
-    """The rows that the finished stages `{work directory: config}` fill, in the table's order."""
+    """The rows that the finished stages `{work directory: config}` fill, in the table's order.
+
+    Of several of one kind, the last: a teacher may have been trained in more than one job.
+    """
+    last = {config.stage: folder for folder, config in stages.items()}
     return [
-        Row(key, model, method, steps, first_steps, folder, stage)
+        Row(key, model, method, steps, first_steps, last[stage], stage)
         for key, model, stage, method, steps, first_steps in _ROWS
-        for folder, config in stages.items()
-        if config.stage == stage
+        if stage in last
     ]
 
 
@@ -127,10 +130,12 @@ class Model(NamedTuple):
     Attributes:
       stream: maps given frames uint8 `[B, K, H, W, 3]`, actions int32 `[B, K + N]` and a key to
         the frames that follow, as they come: pieces uint8 `[B, n, H, W, 3]`, at least N in all.
+      piece: n, of pieces after the first.
       passes: network passes a frame, after the first chunk.
     """
 
     stream: Callable[[np.ndarray, np.ndarray, jax.Array], Iterator[np.ndarray]]
+    piece: int
     passes: float
 
     def generate(self, context: np.ndarray, actions: np.ndarray, rng: jax.Array) -> np.ndarray:
@@ -146,14 +151,14 @@ def load(row: Row) -> Model:
         network = Network.create(config.model, config.pattern).rolled()
         sampler = generate.euler(row.steps, config.shift)
         stream = functools.partial(_blockwise, network, params, sampler, config.data.frames)
-        return Model(stream, sampler.steps)
+        return Model(stream, config.data.frames - 1, sampler.steps)
     teacher = row.stage == "ar_diffusion"
     rollout = generate.for_stage(config, row.steps, None if teacher else row.first_steps)
     if teacher and row.method == "consistency":  # as if it were distilled
         sampler = generate.consistency(row.steps, config.shift)
         rollout = rollout.replace(sampler=sampler, guidance=1.0)
-    passes = rollout.passes / rollout.network.pattern.chunk
-    return Model(functools.partial(_causal, rollout, params), passes)
+    chunk = rollout.network.pattern.chunk
+    return Model(functools.partial(_causal, rollout, params), chunk, rollout.passes / chunk)
 
 
 def _causal(
@@ -204,11 +209,10 @@ def speed(model: Model, context: np.ndarray, actions: np.ndarray) -> metrics.Fig
       context: uint8 `[K, H, W, 3]`, the frames to start from.
       actions: int32 `[K]`, theirs, repeated for the frames that follow.
     """
-    actions = np.resize(actions, (1, len(context) + SPEED_FRAMES)).astype(np.int32)
-    stream = model.stream(context[None], actions, jax.random.key(0))
-    times, frames = [], 0
-    for piece in stream:
+    frames = max(SPEED_FRAMES, 4 * model.piece)
+    actions = np.resize(actions, (1, len(context) + frames)).astype(np.int32)
+    times = []
+    for _ in model.stream(context[None], actions, jax.random.key(0)):
         times.append(time.perf_counter())
-        frames = piece.shape[1]
     seconds = np.diff(times)[1:]
-    return metrics.jackknife(lambda kept: frames / seconds[kept].mean(), len(seconds))
+    return metrics.jackknife(lambda kept: model.piece / seconds[kept].mean(), len(seconds))

@@ -4,7 +4,8 @@ For every chunk: start at noise; at each noise level of the sampler evaluate the
 down; at the last one predict x0. The clean chunk then goes through the network once at sigma 0,
 which gives the keys and values that later chunks attend to. That *context pass* is
 
-  - separate: S + 1 passes a chunk, the cache is complete as soon as the chunk is (latency), or
+  - separate: S + 1 passes a chunk, the last of which may run when the chunk has been handed out
+    and nothing is asked for yet (latency), or
   - fused with the next chunk's first step, one pass over `[clean i | noisy i + 1]`: S passes a
     chunk (throughput). The result is the same, but for the rounding of a cache in 8 bits.
 
@@ -96,7 +97,7 @@ class Stream(flax.struct.PyTreeNode):
       frame: int32 [], the next frame to generate.
       pending: clean latents `[B, chunk, H, W, C]` that the next pass will write to the cache,
       pending_frame: their frame numbers, int32 `[chunk]`, -1 where there is nothing to write, and
-      pending_actions: their actions, int32 `[B, chunk]` (all three unused without fusing).
+      pending_actions: their actions, int32 `[B, chunk]`.
       first: frames of the chunk to come, known when traced, if it is a first one of another length;
         or None.
     """
@@ -183,10 +184,8 @@ class Rollout(flax.struct.PyTreeNode):
             cache=cache,
             text=text,
             frame=np.int32(0),  # known when traced, until the stream leaves the program
-            pending=jnp.zeros((batch, chunk, *context.shape[2:])),
-            pending_frame=jnp.full(chunk, -1, jnp.int32),
-            pending_actions=jnp.zeros((batch, chunk), jnp.int32),
             first=first,
+            **self._nothing_pending(batch, context.shape[2:]),
         )
         if not given:
             return stream
@@ -209,7 +208,7 @@ class Rollout(flax.struct.PyTreeNode):
         sigmas: jax.Array,
         last: jax.Array,
     ) -> tuple[Stream, Chunk]:
-        """Generates the next chunk.
+        """Generates the next chunk, and runs its context pass unless that will be fused.
 
         Args:
           actions: int32 `[B, chunk]`, or None for a model without actions. A first chunk of
@@ -219,8 +218,24 @@ class Rollout(flax.struct.PyTreeNode):
           last: int32 [], the step at which x0 is predicted: known only at run time, so that first
             and later chunks, and stage 3's random exits, share one program.
         """
+        stream, chunk = self.generate(params, stream, actions, noise, sigmas, last)
+        return (stream if self.keeps(stream) else self.remember(params, stream)), chunk
+
+    def keeps(self, stream: Stream) -> bool:
+        """Whether what is pending will be written by the next chunk's first step."""
+        return self.fused and stream.pending.shape[1] == self.network.pattern.chunk
+
+    def generate(
+        self,
+        params: Params,
+        stream: Stream,
+        actions: jax.Array | None,
+        noise: Noise,
+        sigmas: jax.Array,
+        last: jax.Array,
+    ) -> tuple[Stream, Chunk]:
+        """Generates the next chunk, which is pending then; arguments as those of `chunk`."""
         size = stream.first or self.network.pattern.chunk
-        fused = self.fused and stream.first is None
         frame = stream.frame + jnp.arange(size, dtype=jnp.int32)
         batch = stream.pending.shape[0]
         level = lambda step: jnp.broadcast_to(sigmas[step], (batch, size))
@@ -230,7 +245,7 @@ class Rollout(flax.struct.PyTreeNode):
             return self._evaluate(params, stream, x, level(step), frame, noisy, actions)[0]
 
         x = draw_noise(noise, stream.frame, 0, size)
-        if fused:
+        if self.fused and stream.first is None:
             cache, v = self._fused_step(params, stream, x, level(0), frame, actions)
             stream = stream.replace(cache=cache)
         else:
@@ -245,17 +260,40 @@ class Rollout(flax.struct.PyTreeNode):
         x, v = jax.lax.fori_loop(0, last, body, (x, v))
         x0 = flow.to_x0(x, v, level(last))
 
-        if not fused:
-            _, key_value = self._evaluate(
-                params, stream, x0, jnp.zeros((batch, size)), frame, CLEAN * noisy, actions
-            )
-            stream = stream.replace(cache=stream.cache.write(frame, *key_value))
-        else:
-            if actions is not None:
-                stream = stream.replace(pending_actions=actions)
-            stream = stream.replace(pending=x0, pending_frame=frame)
-        stream = stream.replace(frame=stream.frame + size, first=None)
+        if actions is None:
+            actions = jnp.zeros((batch, size), jnp.int32)
+        stream = stream.replace(
+            frame=stream.frame + size,
+            pending=x0,
+            pending_frame=frame,
+            pending_actions=actions,
+            first=None,
+        )
         return stream, Chunk(x0, x, sigmas[last])
+
+    def remember(self, params: Params, stream: Stream) -> Stream:
+        """The separate context pass: writes to the cache what is pending."""
+        batch, size = stream.pending.shape[:2]
+        _, key_value = self._evaluate(
+            params,
+            stream,
+            stream.pending,
+            jnp.zeros((batch, size)),
+            stream.pending_frame,
+            np.full(size, CLEAN),
+            stream.pending_actions,
+        )
+        cache = stream.cache.write(stream.pending_frame, *key_value)
+        return stream.replace(cache=cache, **self._nothing_pending(batch, stream.pending.shape[2:]))
+
+    def _nothing_pending(self, batch: int, frame_shape: tuple[int, ...]) -> dict[str, jax.Array]:
+        """The fields of a stream from which nothing is to be written."""
+        chunk = self.network.pattern.chunk
+        return {
+            "pending": jnp.zeros((batch, chunk, *frame_shape)),
+            "pending_frame": jnp.full(chunk, -1, jnp.int32),
+            "pending_actions": jnp.zeros((batch, chunk), jnp.int32),
+        }
 
     def unroll(
         self,

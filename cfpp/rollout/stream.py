@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cfpp.attention.cache import Cache
 from cfpp.models import codec
 from cfpp.models.network import Condition, Params
 from cfpp.parallel import mesh
@@ -71,16 +72,20 @@ class Player:
         if first is not None:
             held = max(first - actions.shape[1], 0)
             actions = jnp.pad(actions, ((0, 0), (0, held)), "edge")[:, :first]
-        self._stream, video = _play(
-            self._rollout,
-            self._params,
-            self._stream,
-            actions,
-            self._rng,
-            self._schedule,
-        )
+        video = self._update(_generate, actions, self._rng, self._schedule)
         self._schedule = 1
+        if not self._rollout.keeps(self._stream):
+            # A program of its own: it runs while the caller has the frames already.
+            self._update(_remember)
         return np.asarray(video)
+
+    def _update(self, program, *arguments):
+        """Runs a program that updates the stream, with its cache in place."""
+        rest = self._stream.replace(cache=None)
+        self._stream, out = program(
+            self._rollout, self._params, self._stream.cache, rest, *arguments
+        )
+        return out
 
 
 @jax.jit
@@ -95,9 +100,10 @@ def _start(
 
 
 @functools.partial(jax.jit, donate_argnums=2)
-def _play(
+def _generate(
     rollout: Rollout,
     params: Params,
+    cache: Cache,
     stream: Stream,
     actions: jax.Array,
     rng: jax.Array,
@@ -105,5 +111,13 @@ def _play(
 ) -> tuple[Stream, jax.Array]:
     sigmas, last = rollout.sampler.sigmas[schedule], rollout.sampler.last[schedule]
     noise = gaussian_noise(rng, stream.pending.shape)
-    stream, chunk = rollout.chunk(params, stream, actions, noise, sigmas, last)
+    stream = stream.replace(cache=cache)
+    stream, chunk = rollout.generate(params, stream, actions, noise, sigmas, last)
     return stream, codec.decode(chunk.x0)
+
+
+@functools.partial(jax.jit, donate_argnums=2)
+def _remember(
+    rollout: Rollout, params: Params, cache: Cache, stream: Stream
+) -> tuple[Stream, None]:
+    return rollout.remember(params, stream.replace(cache=cache)), None

@@ -203,8 +203,13 @@ def update(
 def average(
     ema: Params, params: Params, step: jax.Array, config: ml_collections.ConfigDict
 ) -> Params:
-    """The exponential moving average after a step: a plain copy until step `config.start`."""
-    decay = jnp.where(step < config.start, 0.0, config.decay)
+    """The exponential moving average after a step: a plain copy until step `config.start`.
+
+    From there on its n-th step keeps at most (1 + n) / (10 + n) of what it was, so that a short run
+    is no average of its first parameters.
+    """
+    n = step - config.start
+    decay = jnp.where(n < 0, 0.0, jnp.minimum(config.decay, (1 + n) / (10 + n)))
     return optax.incremental_update(params, ema, 1.0 - decay)
 
 

@@ -230,6 +230,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
             "config.pattern.window is None, but sample videos are streamed in a window; give one, "
             "or set config.sample_every=0"
         )
+    chunk, sink = fields.get("pattern.chunk", 1), fields.get("pattern.sink", 0)
+    window = fields.get("pattern.window")
+    if is_causal and window is not None and window <= sink + chunk:
+        raise UserError(
+            f"config.pattern.window is {window}: with a sink of {sink} and chunks of {chunk} "
+            f"frames no chunk sees the frame before it; give at least {sink + chunk + 1}"
+        )
     # A base may have learned it before.
     untaught = fields.get("drop_rate") == 0.0 and not config.init_from.get("base")
     if fields.get("guidance", 1.0) != 1.0 and untaught:

@@ -39,13 +39,17 @@ def check_step(rollout, batch: int, platform: str, sharding=None):
     params, _, _, stream = shapes(rollout, batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
     actions = jax.ShapeDtypeStruct((batch, rollout.network.pattern.chunk), jnp.int32)
-    arguments = params, stream, actions, key, jax.ShapeDtypeStruct((), jnp.int32)
+    schedule = jax.ShapeDtypeStruct((), jnp.int32)
+    arguments = params, stream.cache, stream.replace(cache=None), actions, key, schedule
     placed = jax.tree.map(lambda x: x.update(sharding=sharding), arguments)
-    traced = stream_module._play.trace(rollout, *placed)
-    memory = traced.lower(lowering_platforms=(platform,)).compile().memory_analysis()
-    assert memory.alias_size_in_bytes >= nbytes(stream.cache)
-    one_layer = nbytes(stream.cache.key) / rollout.network.dit.layers
-    assert memory.temp_size_in_bytes < one_layer
+    programs = [stream_module._generate.trace(rollout, *placed)]
+    if not rollout.fused:
+        programs.append(stream_module._remember.trace(rollout, *placed[:3]))
+    for traced in programs:
+        memory = traced.lower(lowering_platforms=(platform,)).compile().memory_analysis()
+        assert memory.alias_size_in_bytes >= nbytes(stream.cache)
+        one_layer = nbytes(stream.cache.key) / rollout.network.dit.layers
+        assert memory.temp_size_in_bytes < one_layer
 
 
 @pytest.mark.parametrize(("chunk", "fused"), [(1, True), (3, False)])

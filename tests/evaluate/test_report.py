@@ -1,6 +1,7 @@
 """The job runs on a work directory, and its report is complete, well-formed and true."""
 
 import html.parser
+import itertools
 import json
 import pathlib
 
@@ -64,7 +65,7 @@ class Links(html.parser.HTMLParser):
 
 
 def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
-    monkeypatch.setattr(models, "load", lambda row: models.Model(frozen, row.steps))
+    monkeypatch.setattr(models, "load", lambda row: models.Model(frozen, 1, row.steps))
     config = workdirs.read_config(workdir)
     assert not job.is_reported(config, workdir)
     job.run(config, workdir)
@@ -107,7 +108,7 @@ def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
 
 
 def test_single_stage_and_flags(workdir, monkeypatch):
-    monkeypatch.setattr(models, "load", lambda row: models.Model(frozen, row.steps))
+    monkeypatch.setattr(models, "load", lambda row: models.Model(frozen, 1, row.steps))
     flags = [f"--{name}={value}" for name, value in SETTINGS.items() if name != "episodes"]
     command_line.main([f"--workdir={workdir / 'stage2'}", "--episodes=4", *flags])
     results = json.loads((workdir / "stage2" / "report" / "results.json").read_text())
@@ -197,7 +198,7 @@ def test_settings_out_of_range(workdir):
 
 
 def test_report_that_cannot_be_written(workdir, monkeypatch):
-    monkeypatch.setattr(models, "load", lambda row: models.Model(frozen, row.steps))
+    monkeypatch.setattr(models, "load", lambda row: models.Model(frozen, 1, row.steps))
     (workdir / "stage1" / "report").write_text("in the way")
     with pytest.raises(UserError, match="the report cannot be written"):
         job.evaluate(workdir / "stage1", measure.Settings(**SETTINGS))
@@ -220,8 +221,9 @@ def test_models_generate(stage, monkeypatch):
     network = Network.create(config.model, config.pattern)
     params = nn.meta.unbox(network.init(jax.random.key(0)))
     monkeypatch.setattr(checkpoint, "load_model", lambda path: (config, params))
-    stages = {pathlib.Path("x"): ml_collections.ConfigDict({"stage": stage})}
-    row = models.find_rows(stages)[-1]
+    job = ml_collections.ConfigDict({"stage": stage})
+    row = models.find_rows({pathlib.Path("first"): job, pathlib.Path("last"): job})[-1]
+    assert row.workdir.name == "last"
     model = models.load(row)
     assert model.passes == row.steps
     context = np.random.default_rng(0).integers(0, 256, (2, 1, 16, 16, 3)).astype(np.uint8)
@@ -234,3 +236,17 @@ def test_models_generate(stage, monkeypatch):
     np.testing.assert_array_equal(other[:, :4], video[:, :4])
     rate = models.speed(model, context[0], actions[0, :1])
     assert rate.mean > 0 and np.isfinite(rate.error)
+
+
+def test_speed_of_long_pieces(monkeypatch):
+    """A second each, of 40 frames: of those beyond the second, there are enough for an error."""
+    clock = itertools.count()
+    monkeypatch.setattr(models.time, "perf_counter", lambda: float(next(clock)))
+
+    def pieces(context, actions, rng):
+        for _ in range(1, actions.shape[1], 40):
+            yield np.zeros((1, 40, 2, 2, 3), np.uint8)
+
+    model = models.Model(pieces, 40, 1)
+    rate = models.speed(model, np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int32))
+    assert (rate.mean, rate.error) == (40.0, 0.0)

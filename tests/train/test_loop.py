@@ -300,6 +300,15 @@ def test_samples_that_cannot_be_drawn_are_told_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_window_without_history_is_refused():
+    """It would train in silence, and make videos whose chunks know nothing of one another."""
+    pattern = {"chunk": 3, "window": 4, "sink": 1}
+    told = "window is 4: with a sink of 1 and chunks of 3 frames no chunk sees .* at least 5$"
+    with pytest.raises(UserError, match=told):
+        loop.validate(fake.config(pattern=pattern))
+    loop.validate(fake.config(pattern=pattern | {"window": 5}))
+
+
 def test_samples_are_asked_for(tmp_path):
     with mock.patch.object(loop, "samples") as asked:
         loop.train(fake.config(sample_every=5), tmp_path)
