@@ -206,15 +206,18 @@ def _check(config: Config, folders: dict[str, str], todo: list[str]) -> None:
     from cfpp.train import workdir as workdirs
 
     resolve = lambda name: workdirs.resolve(_absolute(config[name], inside=True), folders[name])
-    ours = {folder: resolve(name) for name, folder in folders.items()}
-    find = lambda path: ours[path] if path in ours else checkpoint.find_model(path)[1]
-    for name in todo:
-        with _naming(name):
-            loop.check(ours[folders[name]], find)
+    before = {}  # trained by the time that a job begins
+    find = lambda path: before[path] if path in before else checkpoint.find_model(path)[1]
+    for name, folder in folders.items():
+        job = resolve(name)
+        if name in todo:
+            with _naming(name):
+                loop.check(job, find)
+        before[folder] = job
     if "evaluate" in config:
         from cfpp import evaluate
 
-        evaluate.check(config.evaluate, ours[folders[config.jobs[0]]].data)
+        evaluate.check(config.evaluate, before[folders[config.jobs[0]]].data)
 
 
 @contextlib.contextmanager

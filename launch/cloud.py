@@ -1,8 +1,8 @@
 """Trains on Google Cloud: on a TPU slice of any number of hosts, or on one GPU machine.
 
     python launch/cloud.py tpu run --name=cf --zone=us-east5-a --accelerator=v5p-128 --spot \
-        --job="--config=configs/stage1.py --workdir=gs://BUCKET/stage1" \
-        --job="--config=configs/stage2.py --workdir=gs://BUCKET/stage2 ..."
+        --job="--config=configs/stage1.py --config.batch_size=64 --workdir=gs://BUCKET/stage1" \
+        --job="--config=configs/stage2.py --config.batch_size=64 --workdir=gs://BUCKET/stage2 ..."
     python launch/cloud.py gpu run --name=cf --zone=us-central1-a --machine_type=a3-highgpu-1g ...
     python launch/cloud.py tpu logs|fetch|stop|delete --name=cf --zone=us-east5-a
 

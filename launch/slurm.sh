@@ -2,8 +2,8 @@
 # Submits stages to Slurm, each to begin when the one before is through.
 #
 #   bash launch/slurm.sh --nodes=4 \
-#       --job="--config=configs/stage1.py --workdir=/shared/stage1" \
-#       --job="--config=configs/stage2.py --workdir=/shared/stage2 ..."
+#       --job="--config=configs/stage1.py --config.batch_size=32 --workdir=/shared/stage1" \
+#       --job="--config=configs/stage2.py --config.batch_size=32 --workdir=/shared/stage2 ..."
 #
 # A job is the arguments of launch/slurm.sbatch, in one word; other options are those of sbatch.
 # --dry_run prints every command, quoted, and calls none.

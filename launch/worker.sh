@@ -23,7 +23,7 @@ setup() {
   python3 -m pip install --quiet --user uv # the images' own Python is older than 3.11
   python3 -m uv venv --quiet --clear --python 3.11 .venv
   python3 -m uv pip install --quiet --python .venv --constraint constraints.txt \
-    --editable ".[$1,gcs,tensorboard]"
+    --editable ".[$1,atari,gcs,tensorboard]"
   touch .venv/installed
 }
 

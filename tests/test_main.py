@@ -122,7 +122,8 @@ def job():
         folder = pathlib.Path(workdir) / "report"
         folder.mkdir(exist_ok=True)
         settings = dataclasses.asdict(evaluate.Settings(**config.evaluate))
-        (folder / "results.json").write_text(json.dumps({"settings": settings}))
+        jobs = [{"name": name} for name in config.jobs]
+        (folder / "results.json").write_text(json.dumps({"settings": settings, "jobs": jobs}))
         (folder / "index.html").write_text("")
 
     config = ml_collections.ConfigDict(
@@ -188,6 +189,15 @@ def test_a_mistake_in_any_stage_leaves_no_trace(job, tmp_path, group, field, val
         main.run(config, str(tmp_path / "job"))
     assert not (tmp_path / "job").exists()
     main.run(right, str(tmp_path / "job"))
+
+
+def test_a_parent_that_is_trained_too_late_leaves_no_trace(job, tmp_path):
+    config, _ = job
+    with config.unlocked():
+        config.jobs = ("second", "first")
+    with pytest.raises(UserError, match=r"^second: config\.init_from\.teacher: .*first "):
+        main.run(config, str(tmp_path / "job"))
+    assert not (tmp_path / "job").exists()
 
 
 @pytest.mark.parametrize("jobs, named", [((), "''"), (("first", "secnod"), "'secnod'")])

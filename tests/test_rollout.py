@@ -111,6 +111,9 @@ def test_students_take_the_positions_they_were_trained_for():
         np.testing.assert_array_equal(sampler.sigmas[0, :4], level(config.first_positions))
         np.testing.assert_array_equal(sampler.sigmas[1, :3], level(config.positions))
         assert sampler.last.tolist() == [2, 1]
+    for first_steps, positions in ((2, config.positions), (3, config.first_positions)):
+        first = for_stage(config, 4, first_steps).sampler.sigmas[0, : first_steps + 1]
+        np.testing.assert_array_equal(first, level(positions))
     sampler = for_stage(config, 4, first_steps=1).sampler
     np.testing.assert_array_equal(sampler.sigmas[1, :5], level([1000, 750, 500, 250]))
     assert sampler.last.tolist() == [0, 3]

@@ -350,47 +350,6 @@ def read(video: np.ndarray) -> Reading:
     return Reading(centre[..., 0, :], intact[..., 0], centre[..., 1:, :], intact[..., 1:])
 
 
-def direction_probabilities(balls: np.ndarray) -> np.ndarray:
-    """Exact law of the direction of each ball's first displacement after one given frame.
-
-    Given one frame, each ball's velocity is uniform over the four diagonals, and still so after a
-    kick, which only exchanges diagonals; so each axis moves by (1) with velocity +-BALL_SPEED,
-    equally likely and independently of the other. The direction is that of the displacement, not
-    of the velocity: near a wall a reflection can turn it, shorten it or, one place from the wall,
-    cancel it. A displacement of zero counts half for either sign, as in `direction_weights`.
-
-    Args:
-      balls: int [..., 2, 2], row and column of centres in the given frame, half pixels.
-
-    Returns:
-      float64 [..., 2, 4], probabilities of the displacements' signs, ordered as DIAGONALS.
-    """
-    moved, _ = _reflect(balls[..., None] + BALL_SPEED * np.array([-1, 1]))
-    positive = ((np.sign(moved - balls[..., None]) + 1) / 2).mean(-1)  # [..., 2, 2 axes]
-    return _sign_products(positive)
-
-
-def direction_weights(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Classes of observed displacements, to be averaged and compared with the probabilities.
-
-    Args:
-      before: float [..., 2, 2], row and column of the balls' centres, pixels, as from `read`.
-      after: float [..., 2, 2], one frame later.
-
-    Returns:
-      float64 [..., 2, 4], one at the direction of the displacement, ordered as DIAGONALS. On an
-      axis where it is under half a pixel (a true one is 0 or at least 1) both signs get one half.
-    """
-    displacement = after - before
-    return _sign_products(np.where(np.abs(displacement) < 0.5, 0.5, displacement > 0))
-
-
-def _sign_products(positive: np.ndarray) -> np.ndarray:
-    """From the weights of + on two axes [..., 2] to those of the four DIAGONALS [..., 4]."""
-    weights = np.stack([1 - positive, positive], -1)  # [..., axis, sign]
-    return (weights[..., 0, :, None] * weights[..., 1, None, :]).reshape(*positive.shape[:-1], 4)
-
-
 def transition_allowed(
     before: np.ndarray | None, now: np.ndarray, after: np.ndarray, tolerance: float = 0.75
 ) -> np.ndarray:

@@ -169,8 +169,10 @@ def test_clips(data_config: ml_collections.ConfigDict, count: int, frames: int) 
     while found and len(clips) < count:
         found = False
         for index in range(len(episodes)):
+            if len(clips) == count:
+                break
             episode = episodes[index]
-            if len(clips) < count and len(episode["video"]) >= start + frames:
+            if len(episode["video"]) >= start + frames:
                 clips.append(_cut(episode, start, frames))
                 found = True
         start += frames

@@ -23,7 +23,7 @@ def motion_features(video: np.ndarray) -> np.ndarray:
     """Features of every frame and its predecessor.
 
     Args:
-      video: uint8 `[E, T, H, W, 3]`, H and W even.
+      video: uint8 `[E, T, H, W, 3]`.
 
     Returns:
       float32 `[E, T-1, 2 * FILTERS]`.
@@ -37,7 +37,8 @@ def motion_features(video: np.ndarray) -> np.ndarray:
 @jax.jit
 def _features(clip: jax.Array, bank: jax.Array) -> jax.Array:
     clip = clip.astype(jnp.float32) / 127.5 - 1
-    half = einops.reduce(clip, "t (h p) (w q) c -> t h w c", "mean", p=2, q=2)
+    even = clip[:, : clip.shape[1] // 2 * 2, : clip.shape[2] // 2 * 2]
+    half = einops.reduce(even, "t (h p) (w q) c -> t h w c", "mean", p=2, q=2)
     pooled = []
     for frames, filters in zip((clip, half), bank, strict=True):
         pair = jnp.concatenate([frames[1:], frames[1:] - frames[:-1]], axis=-1)

@@ -27,14 +27,16 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def is_reported(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool:
-    """Whether `workdir/report` is whole, and made with the settings of `config.evaluate`."""
+    """Whether `workdir/report` is whole: of all jobs, by the settings of `config.evaluate`."""
     folder = epath.Path(workdir) / "report"
     try:
-        settings = json.loads((folder / "results.json").read_text())["settings"]
+        results = json.loads((folder / "results.json").read_text())
+        made_of = [job["name"] for job in results["jobs"]], results["settings"]
     except (OSError, ValueError, TypeError, KeyError):
         return False
     is_whole = (folder / "index.html").exists()  # it is written last
-    return is_whole and settings == dataclasses.asdict(Settings(**config.evaluate))
+    wanted = list(config.jobs), dataclasses.asdict(Settings(**config.evaluate))
+    return is_whole and made_of == wanted
 
 
 def evaluate(workdir: epath.PathLike, settings: Settings) -> None:
@@ -63,6 +65,7 @@ def evaluate(workdir: epath.PathLike, settings: Settings) -> None:
             rows=results,
             actions=yardstick.actions,
             num_actions=data_config.num_actions,
+            starts=len(yardstick.starts),
             jobs=[
                 report.read_job(stage_workdir, config.stage, config.steps, config.batch_size)
                 for stage_workdir, config in stages.items()

@@ -145,9 +145,11 @@ class Model(NamedTuple):
 
 
 def load(row: Row) -> Model:
-    """Loads a row's model, ready to generate; UserError where it cannot be read."""
+    """Loads a row's model, ready to generate; UserError where it cannot be read, or continue."""
     config, params = checkpoint.load_model(row.workdir)
     if row.stage == "bidirectional":
+        if config.data.frames < 2:
+            raise UserError(f"{row.workdir} has learned single frames and can continue none")
         network = Network.create(config.model, config.pattern).rolled()
         sampler = generate.euler(row.steps, config.shift)
         stream = functools.partial(_blockwise, network, params, sampler, config.data.frames)

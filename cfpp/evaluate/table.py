@@ -62,6 +62,7 @@ class Report(NamedTuple):
       rows: the real clips first.
       actions: int32 `[E, context + frames]`.
       num_actions: of the world.
+      starts: how many there were to sample directions from.
       jobs: the stages, in the order of training.
       real_score: which score stage 3 took for the real one ('causal' or 'bidirectional'); None
         where there is no stage 3.
@@ -77,6 +78,7 @@ class Report(NamedTuple):
     rows: Sequence[Result]
     actions: np.ndarray
     num_actions: int
+    starts: int
     jobs: Sequence[Job]
     real_score: str | None
     perfect_directions: float | None
@@ -153,7 +155,7 @@ def columns(report: Report) -> list[Column]:
             "directions", "Directions", "TV distance", "less", False, 3,
             f"total-variation distance of the balls' first directions from their true "
             f"probabilities (1/4 each), from {settings.samples} samples of each of "
-            f"{settings.starts} starts; a ball that is lost or stands still counts as wrong. With "
+            f"{report.starts} starts; a ball that is lost or stands still counts as wrong. With "
             f"so few samples a perfect model is expected to score "
             f"{report.perfect_directions or 0:.3f}. Its error is over starts. The bidirectional "
             "base is left out: it has to make a whole block for one frame.",

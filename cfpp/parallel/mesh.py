@@ -128,7 +128,7 @@ def batch_sharding(mesh: Mesh, batch_size: int, accumulate: int = 1) -> NamedSha
         parts = f"{accumulate} parts (config.accumulate) for each of " if accumulate > 1 else ""
         raise UserError(
             f"config.batch_size is {batch_size}; it must be a multiple of {parts}the {ways} "
-            "devices on the mesh's data and fsdp axes"
+            "devices on the mesh's data and fsdp axes; or give some of these to context or tensor"
         )
     return NamedSharding(mesh, PartitionSpec(BATCH))
 

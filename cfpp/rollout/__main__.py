@@ -196,7 +196,8 @@ def stream(options: argparse.Namespace) -> None:
     session = player()
     for _ in range(2):  # compiles; on several devices a second time for the layout it leaves
         session.play(np.zeros((1, session.chunk), np.int32))
-    seconds, done = [], 0
+    session.wait()
+    latency, seconds, done = None, [], 0
     with (
         media.Mp4Writer(options.out, FRAMES_PER_SECOND, options.scale) as writer,
         tqdm(total=options.frames, unit="frame") as progress,
@@ -206,6 +207,8 @@ def stream(options: argparse.Namespace) -> None:
         session = player()
         while done < options.frames and not (done and interrupted()):
             frames = play(session)
+            latency = latency or time.perf_counter() - begin
+            session.wait()
             seconds.append(time.perf_counter() - begin)
             for frame in frames[: options.frames - done]:
                 writer.append(frame)
@@ -215,7 +218,7 @@ def stream(options: argparse.Namespace) -> None:
 
     ended = "" if done == options.frames else f", interrupted: {options.frames} were asked for"
     print(f"{options.out}: {done} frames by the {config.stage} model{ended}")
-    print(f"first frame after: {1000 * seconds[0]:.1f} ms, the cache filled and all compiled")
+    print(f"first frame after: {1000 * latency:.1f} ms, the cache filled and all compiled")
     if len(seconds) > 1:
         rate = chunk * (len(seconds) - 1) / sum(seconds[1:])
         print(f"then: {rate:.0f} frames/s, the video encoder not counted")

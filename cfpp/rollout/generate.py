@@ -446,9 +446,10 @@ def for_stage(
     Args:
       config: of the stage. Its guidance counts for a teacher; in a student it is distilled.
       steps: of the sampler; None is 48 for a teacher, and for a student what it was trained for,
-        or 2. A student takes the positions it was trained for where it has as many, and evenly
-        spaced ones where not.
-      first_steps: of a student's first chunk; None is as trained, or `steps`.
+        or 2.
+      first_steps: of a student's first chunk; None is as trained with so many `steps`, or `steps`.
+        In both a student takes positions it was trained for, where there are as many as steps, and
+        evenly spaced ones where not.
       fused: see the module's docstring.
 
     Raises:
@@ -463,11 +464,13 @@ def for_stage(
         if first_steps is not None:
             raise UserError("a teacher takes as many steps for the first chunk as for the others")
         return Rollout(network, euler(steps or 48, config.shift), config.guidance, fused)
-    as_trained = "positions" in config and steps in (None, len(config.positions))
-    positions = config.positions if as_trained else evenly(steps or 2)
-    first = evenly(first_steps) if first_steps else positions
-    if as_trained and not first_steps and "first_positions" in config:
-        first = config.first_positions or positions
+    trained = config.get("positions", ())
+    trained_first = config.get("first_positions", ()) or trained
+    steps = steps or len(trained) or 2
+    first_steps = first_steps or (len(trained_first) if steps == len(trained) else steps)
+    positions = trained if steps == len(trained) else evenly(steps)
+    known = {len(trained): trained, len(trained_first): trained_first}
+    first = known.get(first_steps, evenly(first_steps))
     levels, first_levels = (flow.schedule(p, config.shift) for p in (positions, first))
     sampler = Sampler.create(levels, first_levels, flow.consistency_step)
     return Rollout(network, sampler, fused=fused)

@@ -1,4 +1,4 @@
-"""Video without end: one compiled program a chunk, the cache updated in place."""
+"""Video without end: programs compiled once, the cache updated in place."""
 
 import functools
 
@@ -78,6 +78,10 @@ class Player:
             # A program of its own: it runs while the caller has the frames already.
             self._update(_remember)
         return np.asarray(video)
+
+    def wait(self) -> None:
+        """Waits until nothing runs any more: a context pass of its own outlasts `play`."""
+        jax.block_until_ready(self._stream)
 
     def _update(self, program, *arguments):
         """Runs a program that updates the stream, with its cache in place."""

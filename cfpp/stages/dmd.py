@@ -93,9 +93,9 @@ def self_rollout(
       last: int32 `[chunks]`, the step at which each generated chunk leaves its denoising.
 
     Returns:
-      The cache of all clean frames; the clips `[B, F, H, W, C]`, given frames included; and of
-      each generated frame, the input of its last pass `[B, F - given, H, W, C]` and the noise level
-      of that `[F - given]`.
+      The cache of all clean frames but the last chunk, which no other sees; the clips
+      `[B, F, H, W, C]`, given frames included; and of each generated frame, the input of its last
+      pass `[B, F - given, H, W, C]` and the noise level of that `[F - given]`.
     """
     frames = x0.shape[1]
     actions = condition.get("actions")

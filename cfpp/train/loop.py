@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from cfpp import stages
 from cfpp.data import pipeline, sources
 from cfpp.errors import UserError
+from cfpp.models.dit import DiT
 from cfpp.parallel import hosts, mesh
 from cfpp.train import checkpoint, metrics, program, samples, shapes
 from cfpp.train import workdir as workdirs
@@ -129,12 +130,14 @@ def train(
             load = lambda path, sharding: checkpoint.load_model(path, sharding)[1]
             # Unnamed, so that nothing keeps them beside the state.
             state = programs.init(parents(config, load, programs.parents))
-        start = int(state.step)
+        step = start = int(state.step)
 
         writer = stack.enter_context(contextlib.closing(metrics.writer(workdir, start)))
         progress = metrics.Progress(config.stage, config.steps, start)
         announce(state, progress, writer)
-        profiler = profiler_of_steps(workdir, start) if profile else lambda step: None
+        profiler = lambda step: None
+        if profile:
+            profiler = profiler_of_steps(workdir, start, config.steps)
         interrupted = stack.enter_context(termination())
         recent = []  # metrics since the last log
         in_flight = collections.deque()
@@ -232,14 +235,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     chunk, sink = fields.get("pattern.chunk", 1), fields.get("pattern.sink", 0)
     window = fields.get("pattern.window")
-    if is_causal and window is not None and window <= sink + chunk:
+    if is_causal and None not in (window, chunk) and window <= sink + chunk:
         raise UserError(
             f"config.pattern.window is {window}: with a sink of {sink} and chunks of {chunk} "
             f"frames no chunk sees the frame before it; give at least {sink + chunk + 1}"
         )
-    # A base may have learned it before.
-    untaught = fields.get("drop_rate") == 0.0 and not config.init_from.get("base")
-    if fields.get("guidance", 1.0) != 1.0 and untaught:
+    if fields.get("guidance", 1.0) != 1.0 and is_untaught(config):
         raise UserError(
             f"config.guidance is {config.guidance}, but with config.drop_rate=0 the model learns "
             "no unconditional prediction; use guidance 1, or drop the condition of some clips"
@@ -262,6 +263,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.data.frames is {config.data.frames}, but episodes have "
             f"{config.data.episode_frames} frames (config.data.episode_frames); give fewer"
         )
+
+
+def is_untaught(config: ml_collections.ConfigDict) -> bool:
+    """Whether a model learns no unconditional prediction, unless its base has before."""
+    return config.get("drop_rate") == 0.0 and not config.init_from.get("base")
 
 
 def build_stage(config: ml_collections.ConfigDict) -> stages.Stage:
@@ -348,11 +354,13 @@ def check_parents(
     for role, parent in parents(config, find).items():
         where = f"config.init_from.{role}={config.init_from[role]}"
         model = stage.parent_models.get(role, config.model)
-        for name, value in parent.model.items():
-            if name not in OWN_FIELDS and value != model[name]:
+        for name in sorted({*parent.model, *model} - set(OWN_FIELDS)):
+            # What is left out has the network's default.
+            theirs, own = (m.get(name, getattr(DiT, name, None)) for m in (parent.model, model))
+            if theirs != own:
                 raise UserError(
-                    f"{where} has model.{name}={value!r}; this configuration's {role} should have "
-                    f"{model[name]!r}"
+                    f"{where} has model.{name}={theirs!r}; this configuration's {role} should have "
+                    f"{own!r}"
                 )
         wanted = stage.parent_stages.get(role, parent.stage)
         if parent.stage != wanted:
@@ -364,7 +372,7 @@ def check_parents(
                 "to see what comes of it",
                 *(where, parent.stage, config.stage, " or ".join(usual)),
             )
-        if role == stage.guided and config.guidance != 1.0 and parent.get("drop_rate") == 0.0:
+        if role == stage.guided and config.guidance != 1.0 and is_untaught(parent):
             raise UserError(
                 f"config.guidance is {config.guidance}, but {where} was trained with "
                 "config.drop_rate=0 and knows no unconditional prediction; use guidance 1"
@@ -387,12 +395,15 @@ def announce(state: Any, progress: metrics.Progress, writer: metrics.Writer) -> 
     )
 
 
-def profiler_of_steps(workdir: epath.Path, start: int) -> Callable[[int], Any]:
-    """Records steps 10 to 15 of this start for TensorBoard's profiler."""
+def profiler_of_steps(workdir: epath.Path, start: int, steps: int) -> Callable[[int], Any]:
+    """Records steps 10 to 15 of this start for TensorBoard's profiler, if there are as many."""
     try:
         from clu import periodic_actions  # imports TensorFlow, so only here
     except ImportError as error:
         raise UserError("--profile needs TensorBoard: pip install 'cfpp[tensorboard]'") from error
+    if steps - start < 16:  # a profile ends in the step after its last
+        logging.warning("--profile records steps 10 to 15, but only %s are left", steps - start)
+        return lambda step: None
     return periodic_actions.Profile(
         logdir=workdir / "tensorboard",
         first_profile=start + 10,

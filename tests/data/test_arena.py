@@ -274,33 +274,6 @@ def test_a_stray_blot_does_not_move_an_object():
 # --- what may happen next
 
 
-def test_direction_probabilities_are_the_frequencies_of_simulated_first_steps():
-    """All places of one axis, the other fixed, by simulation with kicks."""
-    rng = np.random.default_rng(0)
-    draws = 4000
-    balls = np.zeros((len(PLACES), 1, 2), int) + 30
-    balls[..., 0] = PLACES[:, None]
-    start = np.broadcast_to(balls, (len(PLACES), draws, 2))
-    velocities = 3 * rng.choice([-1, 1], size=start.shape)
-    kicks = rng.choice(3, p=arena.KICK_LAW, size=start.shape[:2])
-    after, _ = arena.move_balls(start, velocities, kicks)
-    observed = arena.direction_weights(start / 2, after / 2).mean(1)
-    # Standard error at most 0.008; the largest of 4 x 53.
-    np.testing.assert_allclose(arena.direction_probabilities(balls)[:, 0], observed, atol=5 * 0.008)
-
-
-def test_directions_are_uniform_away_from_walls_and_known_at_a_wall():
-    probabilities = arena.direction_probabilities(np.array([[30, 30], [5, 57]]))
-    np.testing.assert_array_equal(probabilities[0], [0.25] * 4)
-    # At the upper wall both velocities lead down, at the right wall both lead left.
-    np.testing.assert_array_equal(probabilities[1], [0, 0, 1, 0])
-    # One place from the wall one of the two velocities leads nowhere.
-    one_off = arena.direction_probabilities(np.array([[6, 30], [30, 30]]))[0]
-    np.testing.assert_array_equal(one_off, [0.125, 0.125, 0.375, 0.375])
-    moved, _ = arena.move_balls(np.array([6, 30]), np.array([-3, 3]), np.array(0))
-    assert moved[0] == 6
-
-
 def test_true_transitions_are_allowed(episodes):
     balls = stack(episodes, "balls") / 2
     before, now, after = balls[:, :-2], balls[:, 1:-1], balls[:, 2:]

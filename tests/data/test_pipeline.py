@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -150,6 +151,15 @@ def test_more_clips_than_episodes_go_on_in_the_episodes(arena_config):
     np.testing.assert_array_equal(clips["actions"][2 * 64 + 9], source[9]["actions"][10:15])
     with pytest.raises(UserError, match="has 192 clips of 5 frames, but 193"):
         pipeline.test_clips(arena_config, 3 * 64 + 1, 5)
+
+
+def test_no_more_episodes_are_read_than_clips_need(arena_config):
+    source = sources.open_split(arena_config, "test")
+    with mock.patch.object(sources, "open_split") as opened:
+        opened.return_value.__len__.return_value = len(source)
+        opened.return_value.__getitem__.side_effect = source.__getitem__
+        pipeline.test_clips(arena_config, 2, 5)
+    assert opened.return_value.__getitem__.call_count == 2
 
 
 @pytest.mark.parametrize(("count", "frames"), [(0, 5), (5, 0), (1, 17)])

@@ -199,6 +199,17 @@ def test_frechet_distance_agrees_with_the_matrix_root():
     assert distance == pytest.approx(expected)
 
 
+def test_features_of_frames_of_odd_size(clips):
+    """The last row and column are left out of the coarser half of the features alone."""
+    video = clips["video"][:2]
+    odd = features.motion_features(video[:, :, :31, :31])
+    other = video[:, :, :31, :31].copy()
+    other[:, :, 30, 30] = 255 - other[:, :, 30, 30]
+    changed = features.motion_features(other)
+    assert (odd[..., features.FILTERS :] == changed[..., features.FILTERS :]).all()
+    assert (odd[..., : features.FILTERS] != changed[..., : features.FILTERS]).any()
+
+
 def test_frechet_tells_damaged_clips_from_real_ones(clips):
     video, reference = clips["video"][:EPISODES], clips["video"][EPISODES:]
     scale = features.spread(reference)

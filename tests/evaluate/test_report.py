@@ -71,6 +71,12 @@ def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
     job.run(config, workdir)
     folder = workdir / "report"
     assert job.is_reported(config, workdir)
+    results = json.loads((folder / "results.json").read_text())
+    partial = results | {"jobs": results["jobs"][:-1]}  # evaluated before the last stage was there
+    (folder / "results.json").write_text(json.dumps(partial))
+    assert not job.is_reported(config, workdir)
+    (folder / "results.json").write_text(json.dumps(results))
+    assert job.is_reported(config, workdir)
     with config.unlocked():
         config.evaluate.episodes = 5
     assert not job.is_reported(config, workdir)
@@ -140,8 +146,8 @@ def test_other_worlds_leave_out_the_physics(tmp_path, num_actions):
     rows.append(table.Result("dmd_2", "Student", 2, figures, video))
     written = table.Report(
         data="atari:Boxing", settings=settings, rows=rows, actions=actions, num_actions=num_actions,
-        jobs=[], real_score="bidirectional", perfect_directions=None, seconds=1.0, machine="M",
-        versions={},
+        starts=0, jobs=[], real_score="bidirectional", perfect_directions=None, seconds=1.0,
+        machine="M", versions={},
     )  # fmt: skip
     report.write(written, tmp_path / "report")
     readme = (tmp_path / "report" / "README.md").read_text()
@@ -159,8 +165,8 @@ def test_verdicts_need_two_standard_errors():
     def stage_3(mean):
         rows = [result("real", 1.0, 0.1), result("cd_2", 20.0, 3.0), result("dmd_2", mean, 4.0)]
         written = table.Report(
-            "arena", measure.Settings(), rows, np.zeros((2, 5), int), 5, [], "causal", None, 1.0,
-            "M", {},
+            "arena", measure.Settings(), rows, np.zeros((2, 5), int), 5, 8, [], "causal", None,
+            1.0, "M", {},
         )  # fmt: skip
         return next(found.text for found in table.findings(written) if "Stage 3 at" in found.topic)
 
@@ -236,6 +242,15 @@ def test_models_generate(stage, monkeypatch):
     np.testing.assert_array_equal(other[:, :4], video[:, :4])
     rate = models.speed(model, context[0], actions[0, :1])
     assert rate.mean > 0 and np.isfinite(rate.error)
+
+
+def test_a_base_of_single_frames_continues_none(monkeypatch):
+    config = common.base("bidirectional", common.parse("smoke"))
+    config.data.frames = 1
+    monkeypatch.setattr(checkpoint, "load_model", lambda path: (config, {}))
+    (row,) = models.find_rows({pathlib.Path("x"): config})
+    with pytest.raises(UserError, match=r"^x has learned single frames and can continue none$"):
+        models.load(row)
 
 
 def test_speed_of_long_pieces(monkeypatch):

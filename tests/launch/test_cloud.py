@@ -130,7 +130,7 @@ def test_run_does_all_there_is_on_all_hosts(cloud):
         ]
         home = cloud.folder / f"hosts/{host}"
         assert (home / "cfpp/cfpp/main.py").read_text() == (ROOT / "cfpp/main.py").read_text()
-        assert "--editable .[tpu,gcs,tensorboard]" in (home / "installed").read_text()
+        assert "--editable .[tpu,atari,gcs,tensorboard]" in (home / "installed").read_text()
 
 
 def test_repeating_run_when_all_is_done_does_nothing(cloud):

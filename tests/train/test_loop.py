@@ -278,6 +278,34 @@ def test_guidance_needs_a_model_that_was_trained_for_it(finished, tmp_path):
     run("3", None, guidance=2.0, drop_rate=0.1)
     with pytest.raises(UserError, match=r"with config\.drop_rate=0 the model learns no"):
         run("4", None, guidance=2.0, drop_rate=0.0)
+    # A model may have it from its base, and so may a teacher.
+    own = fake.config(guidance=2.0, drop_rate=0.0, init_from={"base": "somewhere"})
+    loop.validate(own)
+    guided = fake.build(fake.config())._replace(guided="teacher")
+    child = fake.config(guidance=2.0, init_from={"teacher": "elsewhere"})
+    loop.check_parents(child, guided, lambda path: own)
+
+
+def test_a_field_that_a_parent_leaves_out_has_the_default():
+    stage, named = fake.build(fake.config()), {"teacher": "somewhere"}
+    child = lambda base: fake.config(init_from=named, model={"dim": 8, "rotary_base": base})
+    parent = fake.config(model={"dim": 8, "gate_init": 0.0, "text_dim": 0})
+    loop.check_parents(child(10000.0), stage, lambda path: parent)
+    with pytest.raises(UserError, match=r"has model\.rotary_base=10000\.0; .* should have 100\.0$"):
+        loop.check_parents(child(100.0), stage, lambda path: parent)
+
+
+def test_a_finished_run_whose_checkpoint_was_doubted_ends_too(tmp_path):
+    """As where the model does not fit on the one device that the check reads it to."""
+    loop.train(fake.config(), tmp_path)
+    with mock.patch.object(loop.checkpoint, "is_finished", return_value=False):
+        assert loop.train(fake.config(), tmp_path)
+
+
+def test_a_profile_of_too_few_steps_is_none(tmp_path, caplog):
+    loop.train(fake.config(), tmp_path, profile=True)
+    assert "--profile records steps 10 to 15, but only 12 are left" in caplog.text
+    assert not list(tmp_path.glob("**/plugins/profile"))
 
 
 def test_a_parent_of_another_pattern_is_told(finished, tmp_path, caplog):
@@ -307,6 +335,7 @@ def test_a_window_without_history_is_refused():
     with pytest.raises(UserError, match=told):
         loop.validate(fake.config(pattern=pattern))
     loop.validate(fake.config(pattern=pattern | {"window": 5}))
+    loop.validate(fake.config(pattern=pattern | {"chunk": None}))  # `Pattern` refuses that
 
 
 def test_samples_are_asked_for(tmp_path):
