@@ -13,20 +13,14 @@ import ml_collections
 
 from configs import common, stage0, stage1, stage2, stage3
 
-JOBS = {
-    "stage0": stage0,
-    "stage1_pairs": stage1,  # on clips of two frames: the first step after a frame, most of all
-    "stage1": stage1,
-    "stage2": stage2,
-    "stage3": stage3,
-}
+JOBS = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}
 
-# Training steps of the jobs, in their order.
+# Training steps of the four stages.
 STEPS = {
-    "": {"stage0": 150, "stage1": 2200, "stage2": 700, "stage3": 60},
-    "smoke": {"stage0": 4, "stage1": 6, "stage2": 4, "stage3": 2},
-    "atari": {"stage0": 100, "stage1": 3700, "stage2": 350, "stage3": 40},
-    "long": {"stage0": 7000, "stage1_pairs": 5000, "stage1": 4000, "stage2": 1200, "stage3": 300},
+    "": (150, 2200, 700, 60),
+    "smoke": (4, 6, 4, 2),
+    "atari": (100, 3700, 350, 40),
+    "long": (8000, 6000, 1200, 200),
 }
 
 
@@ -34,9 +28,9 @@ def get_config(arg: str = ""):
     if arg not in STEPS:
         raise ValueError(f"config argument {arg!r} is none of {', '.join(filter(None, STEPS))}")
     config = ml_collections.ConfigDict()
-    config.jobs = tuple(STEPS[arg])
-    for name, steps in STEPS[arg].items():
-        job = JOBS[name].get_config("" if arg == "long" else arg)
+    config.jobs = tuple(JOBS)
+    for (name, module), steps in zip(JOBS.items(), STEPS[arg], strict=True):
+        job = module.get_config("" if arg == "long" else arg)
         job.steps = steps
         job.data.directory = "../data"
         # Four a stage, the fourth after the last step: one compiles for some seconds, and the three
@@ -47,7 +41,7 @@ def get_config(arg: str = ""):
         config[name] = job
     for group in ("model", "mesh"):  # the very same objects: to set a field of one sets it for all
         config[group] = config.stage0[group]
-        for name in config.jobs:
+        for name in JOBS:
             config[name][group] = config[group]
     # Paths that start with '..' are relative to the job's own directory.
     config.stage1.init_from.base = "../stage0"
@@ -55,11 +49,6 @@ def get_config(arg: str = ""):
     config.stage3.init_from.student = "../stage2"
     config.stage3.init_from.real = "../stage1"
     if arg == "long":
-        pairs = config.stage1_pairs
-        pairs.data.frames, pairs.batch_size, pairs.ema.decay = 2, 64, 0.99
-        pairs.sample_every = 0
-        pairs.init_from.base = "../stage0"
-        config.stage1.init_from.base = "../stage1_pairs"
         # What smaller batches gain in ten minutes goes in longer runs.
         config.stage1.batch_size, config.stage1.ema.decay = 8, 0.99
         config.stage2.batch_size, config.stage2.ema.decay = 8, 0.9
