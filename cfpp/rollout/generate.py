@@ -199,26 +199,9 @@ class Rollout(flax.struct.PyTreeNode):
             cache=cache.write(jnp.asarray(kept, jnp.int32), key, value), frame=np.int32(given)
         )
 
-    def chunk(
-        self,
-        params: Params,
-        stream: Stream,
-        actions: jax.Array | None,
-        noise: Noise,
-        sigmas: jax.Array,
-        last: jax.Array,
-    ) -> tuple[Stream, Chunk]:
-        """Generates the next chunk, and runs its context pass unless that will be fused.
-
-        Args:
-          actions: int32 `[B, chunk]`, or None for a model without actions. A first chunk of
-            another length takes `[B, stream.first]`.
-          noise: `(frame, step) -> [B, chunk, H, W, C]`, the noise that a step starts from.
-          sigmas: float32 `[steps + 1]`, the chunk's noise levels.
-          last: int32 [], the step at which x0 is predicted: known only at run time, so that first
-            and later chunks, and stage 3's random exits, share one program.
-        """
-        stream, chunk = self.generate(params, stream, actions, noise, sigmas, last)
+    def chunk(self, params: Params, stream: Stream, *inputs) -> tuple[Stream, Chunk]:
+        """`generate`, of the same arguments, and the context pass unless that will be fused."""
+        stream, chunk = self.generate(params, stream, *inputs)
         return (stream if self.keeps(stream) else self.remember(params, stream)), chunk
 
     def keeps(self, stream: Stream) -> bool:
@@ -234,7 +217,16 @@ class Rollout(flax.struct.PyTreeNode):
         sigmas: jax.Array,
         last: jax.Array,
     ) -> tuple[Stream, Chunk]:
-        """Generates the next chunk, which is pending then; arguments as those of `chunk`."""
+        """Generates the next chunk, which is pending then.
+
+        Args:
+          actions: int32 `[B, chunk]`, or None for a model without actions. A first chunk of
+            another length takes `[B, stream.first]`.
+          noise: `(frame, step) -> [B, chunk, H, W, C]`, the noise that a step starts from.
+          sigmas: float32 `[steps + 1]`, the chunk's noise levels.
+          last: int32 [], the step at which x0 is predicted: known only at run time, so that first
+            and later chunks, and stage 3's random exits, share one program.
+        """
         size = stream.first or self.network.pattern.chunk
         frame = stream.frame + jnp.arange(size, dtype=jnp.int32)
         batch = stream.pending.shape[0]

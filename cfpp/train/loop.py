@@ -135,9 +135,7 @@ def train(
         writer = stack.enter_context(contextlib.closing(metrics.writer(workdir, start)))
         progress = metrics.Progress(config.stage, config.steps, start)
         announce(state, progress, writer)
-        profiler = lambda step: None
-        if profile:
-            profiler = profiler_of_steps(workdir, start, config.steps)
+        profiler = profiler_of_steps(workdir, start, config.steps) if profile else lambda step: None
         interrupted = stack.enter_context(termination())
         recent = []  # metrics since the last log
         in_flight = collections.deque()
