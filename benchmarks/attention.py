@@ -6,7 +6,8 @@
 Two calls are measured, on random data:
 
   - training: forward and backward, teacher-forced, frame-wise;
-  - rollout: the queries of the fused context step, two frames, against a full cache of all layers.
+  - rollout: queries against a full cache of all layers: two frames, the fused context step's, or
+    one, another step's.
 
 The floor is the time that the visible pairs of tokens take at the measured rate of a large matrix
 product (2 products forward, 5 backward), or that reading and writing every array once takes,
@@ -110,20 +111,20 @@ def training(size: Size, attend: Attend) -> float:
     return 1e3 * measuring.seconds(run, q, k, v, d_out)
 
 
-def rollout(size: Size, attend: Attend) -> float:
-    """Milliseconds of one layer's attention against the cache, by one implementation."""
-    query = (1, size.heads, 2, size.tokens, size.head_dim)
+def rollout(size: Size, queries: int, attend: Attend) -> float:
+    """Milliseconds of one layer's attention to the cache, of some frames, by one implementation."""
+    query = (1, size.heads, queries, size.tokens, size.head_dim)
     cache = (size.layers, 1, size.heads, size.frames, size.tokens, size.head_dim)
     q, k, v = arrays(size, query, cache, cache)
-    mask = jnp.ones((2, size.frames), bool)
+    mask = jnp.ones((queries, size.frames), bool)
     layer = jnp.int32(size.layers // 2)
     return 1e3 * measuring.seconds(jax.jit(attend), q, k, v, mask, layer)
 
 
-def rollout_by_cudnn(size: Size) -> float:
+def rollout_by_cudnn(size: Size, queries: int) -> float:
     """Milliseconds of cuDNN's dense attention of the same size, on keys of one layer."""
     shape = lambda frames: (1, frames * size.tokens, size.heads, size.head_dim)
-    q, k, v = arrays(size, shape(2), shape(size.frames), shape(size.frames))
+    q, k, v = arrays(size, shape(queries), shape(size.frames), shape(size.frames))
     dense = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     return 1e3 * measuring.seconds(jax.jit(dense), q, k, v)
 
@@ -186,12 +187,12 @@ def training_by_sdpa(size: Size) -> float:
     return 1e3 * torch_seconds(run)
 
 
-def rollout_by_sdpa(size: Size) -> float:
+def rollout_by_sdpa(size: Size, queries: int) -> float:
     """Milliseconds of scaled_dot_product_attention without a mask, on keys of one layer."""
     import torch
 
     shape = lambda frames: (1, size.heads, frames * size.tokens, size.head_dim)
-    q, k, v = torch_arrays(size, shape(2), shape(size.frames), shape(size.frames))
+    q, k, v = torch_arrays(size, shape(queries), shape(size.frames), shape(size.frames))
 
     def run():
         with torch.no_grad():
@@ -228,7 +229,8 @@ def main() -> None:
     implementations = {
         name: by_name(name)
         for name, implementation in dispatch.IMPLEMENTATIONS.items()
-        if platform in implementation.platforms and not (large and name == "reference")
+        if platform in (implementation.platforms or [platform])
+        and not (large and name in ("reference", "xla"))
     }
     if platform == "gpu":
         implementations["pallas_gpu, mosaic"] = by_mosaic
@@ -248,17 +250,20 @@ def main() -> None:
         rows.append(measure("torch sdpa", functools.partial(training_by_sdpa, size), least))
     results["training"] = {"floor": least, "rows": rows}
 
-    least = floor(size, np.ones((2, size.frames), bool), products=2, arrays=4, rates=rates)
-    print(f"rollout, floor {least['ms']:.2f} ms")
-    rows = [
-        measure(name, functools.partial(rollout, size, attend), least)
-        for name, attend in implementations.items()
-        if name not in dispatch.IMPLEMENTATIONS or dispatch.IMPLEMENTATIONS[name].cached
-    ]
-    if platform == "gpu":
-        rows.append(measure("cudnn dense", functools.partial(rollout_by_cudnn, size), least))
-    rows.append(measure("torch sdpa", functools.partial(rollout_by_sdpa, size), least))
-    results["rollout"] = {"floor": least, "rows": rows}
+    for queries in (2, 1):
+        seen = np.ones((queries, size.frames), bool)
+        least = floor(size, seen, products=2, arrays=4, rates=rates)
+        print(f"rollout, {queries * size.tokens} queries, floor {least['ms']:.2f} ms")
+        functions = {
+            name: functools.partial(rollout, size, queries, attend)
+            for name, attend in implementations.items()
+            if name not in dispatch.IMPLEMENTATIONS or dispatch.IMPLEMENTATIONS[name].cached
+        }
+        if platform == "gpu":
+            functions["cudnn dense"] = functools.partial(rollout_by_cudnn, size, queries)
+        functions["torch sdpa"] = functools.partial(rollout_by_sdpa, size, queries)
+        rows = [measure(name, function, least) for name, function in functions.items()]
+        results[f"rollout_{queries * size.tokens}"] = {"floor": least, "rows": rows}
     measuring.write(f"attention_{options.size}_{platform}", results)
 
 

@@ -37,32 +37,37 @@ def machine() -> dict:
     }
 
 
-def seconds(function: Callable, *arguments, budget: float = 3.0) -> float:
-    """The median time of a call whose result is awaited, compiled before.
+def times(function: Callable, *arguments, budget: float = 3.0) -> list[float]:
+    """Seconds of calls whose result is awaited, after one that compiles.
 
     Args:
       budget: seconds to go on for, after the first three calls.
     """
     jax.block_until_ready(function(*arguments))
-    times, begin = [], time.perf_counter()
-    while len(times) < 3 or (len(times) < 50 and time.perf_counter() - begin < budget):
+    measured, begin = [], time.perf_counter()
+    while len(measured) < 3 or (len(measured) < 50 and time.perf_counter() - begin < budget):
         start = time.perf_counter()
         jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        measured.append(time.perf_counter() - start)
+    return measured
+
+
+def seconds(function: Callable, *arguments, budget: float = 3.0) -> float:
+    """The median of `times`."""
+    return statistics.median(times(function, *arguments, budget=budget))
 
 
 def matmul_rate(dtype) -> float:
-    """Operations a second of a large square matrix product, what a kernel can hope for."""
+    """Operations a second of a large square matrix product at its fastest: what to hope for."""
     size = 8192 if jax.default_backend() != "cpu" else 2048
     x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-    return 2 * size**3 / seconds(jax.jit(jnp.dot), x, x)
+    return 2 * size**3 / min(times(jax.jit(jnp.dot), x, x))
 
 
 def bandwidth() -> float:
-    """Bytes a second of a copy, read and written."""
+    """Bytes a second of a copy at its fastest, read and written."""
     x = jnp.ones(2**28 if jax.default_backend() != "cpu" else 2**26, jnp.float32)
-    return 2 * x.nbytes / seconds(jax.jit(lambda x: x + 1), x)
+    return 2 * x.nbytes / min(times(jax.jit(lambda x: x + 1), x))
 
 
 def peak_gib() -> float:

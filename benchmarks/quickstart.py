@@ -1,6 +1,6 @@
 """Runs a quickstart in a new directory and records what it cost and what came out.
 
-python benchmarks/quickstart.py            # or: smoke, long, atari
+python benchmarks/quickstart.py            # or: smoke, long, atari, atari_gpu
 
 Writes `benchmarks/results/quickstart[_VARIANT].json`: seconds, CPU seconds of all cores and peak
 memory of the whole process, the report's table, and how fast the 2-step student streams at batch 1.
@@ -22,7 +22,7 @@ import time
 import jax
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-VARIANTS = ("", "smoke", "long", "atari")
+VARIANTS = ("", "smoke", "long", "atari", "atari_gpu")
 
 
 def run(variant: str, workdir: pathlib.Path) -> dict:

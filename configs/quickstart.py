@@ -3,8 +3,8 @@
     python -m cfpp.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Ten minutes on two CPU cores (docs/quickstart.md). Variants: `configs/quickstart.py:smoke` is
-the same in miniature, `:atari` the same on Boxing, `:long` trains for an hour, with the
-bidirectional base as stage 3's real score.
+the same in miniature, `:atari` the same on Boxing, `:atari_gpu` that for minutes of a GPU, `:long`
+trains for an hour, with the bidirectional base as stage 3's real score.
 
 All stages share one `model` and one `mesh`: `--config.model.attention=xla`, `--config.mesh.fsdp=2`.
 """
@@ -20,8 +20,11 @@ STEPS = {
     "": (150, 2200, 700, 60),
     "smoke": (4, 6, 4, 2),
     "atari": (100, 3700, 350, 40),
+    "atari_gpu": (2000, 7700, 1500, 300),
     "long": (8000, 6000, 1200, 200),
 }
+# The argument of the stages' own configs, where it is another.
+WORLDS = {"long": "", "atari_gpu": "atari"}
 
 
 def get_config(arg: str = ""):
@@ -30,7 +33,7 @@ def get_config(arg: str = ""):
     config = ml_collections.ConfigDict()
     config.jobs = tuple(JOBS)
     for (name, module), steps in zip(JOBS.items(), STEPS[arg], strict=True):
-        job = module.get_config("" if arg == "long" else arg)
+        job = module.get_config(WORLDS.get(arg, arg))
         job.steps = steps
         job.data.directory = "../data"
         # Four a stage, the fourth after the last step: one compiles for some seconds, and the three
@@ -38,6 +41,9 @@ def get_config(arg: str = ""):
         job.sample_every = 0 if arg == "smoke" else -(-steps // 4)
         if arg == "smoke":
             job.optimizer = common.optimizer("adamw", 1e-3)  # compiles faster than Muon
+        if arg == "atari_gpu":
+            job.batch_size, job.data.episodes = 16, 640
+            job.log_every, job.save_every = 100, 1000  # of some dozens a second
         config[name] = job
     for group in ("model", "mesh"):  # the very same objects: to set a field of one sets it for all
         config[group] = config.stage0[group]
@@ -55,6 +61,9 @@ def get_config(arg: str = ""):
         config.stage2.grid_steps = 24
         config.stage3.real_score = "bidirectional"
         config.stage3.init_from.real = "../stage0"
+    if arg == "atari_gpu":
+        config.model.update({"dim": 256, "ffn_dim": 1024, "heads": 4, "layers": 6, "unroll": 6})
+        config.stage1.ema.decay = 0.998
 
     config.evaluate = ml_collections.ConfigDict()
     config.evaluate.episodes = 64  # held out
@@ -64,7 +73,7 @@ def get_config(arg: str = ""):
     config.evaluate.samples = 64  # of each start
     config.evaluate.probe_steps = 200  # of the network that tells actions
     config.evaluate.seed = 0
-    if arg == "atari":
+    if arg in ("atari", "atari_gpu"):
         config.evaluate.probe_steps = 600
     if arg == "smoke":
         config.evaluate.update({"episodes": 4, "starts": 2, "samples": 4, "probe_steps": 10})
