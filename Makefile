@@ -19,7 +19,9 @@ LIBTPU := $(VENV)/libtpu
 install: $(INSTALLED)
 
 # A step takes hundreds of MB of fresh memory: in pages of 2 MB, where Linux has them, it is faster.
+# LLVM's dearer passes cost more time in compiling than its programs here gain.
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+quickstart: export XLA_FLAGS ?= --xla_backend_optimization_level=1
 quickstart: $(INSTALLED)
 	$(BIN)/python -m cfpp.main --config=configs/quickstart.py --workdir=runs/quickstart
 
