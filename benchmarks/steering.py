@@ -9,7 +9,6 @@ import argparse
 import pathlib
 
 import jax
-import measuring  # noqa: F401  finds the package where it is not installed
 import numpy as np
 
 from cfpp import media
@@ -37,23 +36,21 @@ def main() -> None:
     config, params = checkpoint.load_model(options.model)
     if options.data:
         config.data.directory = options.data
-    held = np.array([int(action) for action in options.actions.split(",")], np.int32)
     clip = pipeline.test_clips(config.data, options.episode + 1, 1)
-    first = clip["video"][-1:].repeat(len(held), 0)  # [rows, 1, H, W, 3]
-    given = clip["actions"][-1:].repeat(len(held), 0)
-    key = jax.random.key(options.seed)
-    player = Player(generate.for_stage(config), params, first, {"actions": given}, key)
-    pieces = [first]
-    while sum(piece.shape[1] for piece in pieces) <= options.frames:
-        pieces.append(player.play(held[:, None].repeat(player.chunk, 1)))
-    video = np.concatenate(pieces, 1)[:, : 1 + options.frames]
+    first, given = clip["video"][-1:], clip["actions"][-1:]  # [1, 1, H, W, 3], [1, 1]
+    rollout, key = generate.for_stage(config), jax.random.key(options.seed)
+    held = [int(action) for action in options.actions.split(",")]
+
+    def stream(action: int) -> np.ndarray:
+        player, pieces, frames = Player(rollout, params, first, {"actions": given}, key), [first], 0
+        while frames < options.frames:
+            pieces.append(player.play(np.full((1, player.chunk), action, np.int32)))
+            frames += pieces[-1].shape[1]
+        return np.concatenate(pieces, 1)[0, : 1 + options.frames]
 
     symbol = pictures.action_symbols(config.data.name, config.data.num_actions)
-    strips = [
-        media.Strip(symbol(action), "held", row, False)
-        for action, row in zip(held, video, strict=True)
-    ]
-    scale = max(1, round(pictures.STRIP_PIXELS / video.shape[2]))
+    strips = [media.Strip(symbol(action), "held", stream(action)) for action in held]
+    scale = max(1, round(pictures.STRIP_PIXELS / config.data.height))
     heads = ["0\ngiven", *map(str, range(1, 1 + options.frames))]
     media.write_image(options.out, media.film_strips(strips, heads, scale, "frame", given=1))
     print(f"wrote {options.out}")
