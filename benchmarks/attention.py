@@ -92,6 +92,16 @@ def by_name(name: str) -> Attend:
     )
 
 
+def implementations(platform: str, large: bool) -> dict[str, Attend]:
+    """All that run on a platform, by name; of a large size those that do not take for ever."""
+    return {
+        name: by_name(name)
+        for name, implementation in dispatch.IMPLEMENTATIONS.items()
+        if platform in (implementation.platforms or [platform])
+        and not (large and name in ("reference", "xla"))
+    }
+
+
 def by_mosaic(q, k, v, mask, layer=None) -> jax.Array:
     """`pallas_gpu` with its kernel for Hopper."""
     return pallas_gpu.attend(q, k, v, mask, layer, backend="mosaic")[0]
@@ -226,14 +236,9 @@ def main() -> None:
 
     rates = {"matmul": measuring.matmul_rate(size.dtype), "bandwidth": measuring.bandwidth()}
     print(f"matmul {rates['matmul'] / 1e12:.2f} Tflop/s, copy {rates['bandwidth'] / 1e9:.0f} GB/s")
-    implementations = {
-        name: by_name(name)
-        for name, implementation in dispatch.IMPLEMENTATIONS.items()
-        if platform in (implementation.platforms or [platform])
-        and not (large and name in ("reference", "xla"))
-    }
+    measured = implementations(platform, large)
     if platform == "gpu":
-        implementations["pallas_gpu, mosaic"] = by_mosaic
+        measured["pallas_gpu, mosaic"] = by_mosaic
     results = measuring.machine() | {"size": options.size, "shapes": size._asdict(), "rates": rates}
 
     mask = teacher_forced_mask(size)
@@ -242,7 +247,7 @@ def main() -> None:
     print(f"training, floor {least['ms']:.2f} ms")
     rows = [
         measure(name, functools.partial(training, size, attend), least)
-        for name, attend in implementations.items()
+        for name, attend in measured.items()
     ]
     if platform == "gpu":
         rows.append(measure("torch flex", functools.partial(training_by_flex, size), least))
@@ -256,7 +261,7 @@ def main() -> None:
         print(f"rollout, {queries * size.tokens} queries, floor {least['ms']:.2f} ms")
         functions = {
             name: functools.partial(rollout, size, queries, attend)
-            for name, attend in implementations.items()
+            for name, attend in measured.items()
             if name not in dispatch.IMPLEMENTATIONS or dispatch.IMPLEMENTATIONS[name].cached
         }
         if platform == "gpu":
