@@ -49,6 +49,9 @@ def run(variant: str, workdir: pathlib.Path) -> dict:
         "machine": f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
         "cores": len(os.sched_getaffinity(0)),
         "jax": jax.__version__,
+        "environment": {
+            name: os.environ[name] for name in ("GLIBC_TUNABLES", "XLA_FLAGS") if name in os.environ
+        },
         "seconds": round(seconds),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime),
         "peak_gib": round(usage.ru_maxrss / 2**20, 2),
