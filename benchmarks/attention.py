@@ -97,8 +97,7 @@ def implementations(platform: str, large: bool) -> dict[str, Attend]:
     return {
         name: by_name(name)
         for name, implementation in dispatch.IMPLEMENTATIONS.items()
-        if (not implementation.platforms or platform in implementation.platforms)
-        and not (large and name in ("reference", "xla"))
+        if implementation.runs_on(platform) and not (large and name in ("reference", "xla"))
     }
 
 

@@ -15,7 +15,7 @@ from cfpp import media
 from cfpp.data import pipeline
 from cfpp.evaluate import pictures
 from cfpp.rollout import generate
-from cfpp.rollout.stream import Player
+from cfpp.rollout.__main__ import parse_actions
 from cfpp.train import checkpoint
 
 
@@ -39,17 +39,15 @@ def main() -> None:
     clip = pipeline.test_clips(config.data, options.episode + 1, 1)
     first, given = clip["video"][-1:], clip["actions"][-1:]  # [1, 1, H, W, 3], [1, 1]
     rollout, key = generate.for_stage(config), jax.random.key(options.seed)
-    held = [int(action) for action in options.actions.split(",")]
 
-    def stream(action: int) -> np.ndarray:
-        player, pieces, frames = Player(rollout, params, first, {"actions": given}, key), [first], 0
-        while frames < options.frames:
-            pieces.append(player.play(np.full((1, player.chunk), action, np.int32)))
-            frames += pieces[-1].shape[1]
-        return np.concatenate(pieces, 1)[0, : 1 + options.frames]
+    def video(action: int) -> np.ndarray:
+        actions = np.pad(given, ((0, 0), (0, options.frames)), constant_values=action)
+        later = rollout.clip(params, first, {"actions": actions}, key)
+        return np.concatenate([first, later], 1)[0]
 
+    held = parse_actions(options.actions, config.model.num_actions)
     symbol = pictures.action_symbols(config.data.name, config.data.num_actions)
-    strips = [media.Strip(symbol(action), "held", stream(action)) for action in held]
+    strips = [media.Strip(symbol(action), "held", video(action)) for action in held]
     scale = max(1, round(pictures.STRIP_PIXELS / config.data.height))
     heads = ["0\ngiven", *map(str, range(1, 1 + options.frames))]
     media.write_image(options.out, media.film_strips(strips, heads, scale, "frame", given=1))

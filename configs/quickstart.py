@@ -32,8 +32,9 @@ def get_config(arg: str = ""):
         raise ValueError(f"config argument {arg!r} is none of {', '.join(filter(None, STEPS))}")
     config = ml_collections.ConfigDict()
     config.jobs = tuple(JOBS)
+    world = WORLDS.get(arg, arg)
     for (name, module), steps in zip(JOBS.items(), STEPS[arg], strict=True):
-        job = module.get_config(WORLDS.get(arg, arg))
+        job = module.get_config(world)
         job.steps = steps
         job.data.directory = "../data"
         # Four a stage, the fourth after the last step: one compiles for some seconds, and the three
@@ -73,7 +74,7 @@ def get_config(arg: str = ""):
     config.evaluate.samples = 64  # of each start
     config.evaluate.probe_steps = 200  # of the network that tells actions
     config.evaluate.seed = 0
-    if arg in ("atari", "atari_gpu"):
+    if world == "atari":
         config.evaluate.probe_steps = 600
     if arg == "smoke":
         config.evaluate.update({"episodes": 4, "starts": 2, "samples": 4, "probe_steps": 10})

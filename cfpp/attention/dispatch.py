@@ -39,6 +39,10 @@ class Implementation(NamedTuple):
     interpreted: bool = False
     cached: bool = True
 
+    def runs_on(self, platform: str) -> bool:
+        """Whether it runs there as it is, not by an interpreter."""
+        return not self.platforms or platform in self.platforms
+
 
 IMPLEMENTATIONS = {
     "reference": Implementation("reference:attend"),
@@ -130,7 +134,7 @@ def choose(name: str, platform: str) -> Callable:
         say_once(f"attention: auto is {name}, on {platform}")
     implementation = IMPLEMENTATIONS[name]
     interpreted = implementation.interpreted and platform == "cpu"
-    if implementation.platforms and platform not in implementation.platforms and not interpreted:
+    if not implementation.runs_on(platform) and not interpreted:
         raise UserError(
             f"config.model.attention is {name}, which runs on "
             f"{' and '.join(implementation.platforms)}; this machine has {platform}: use auto"
