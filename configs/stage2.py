@@ -14,7 +14,7 @@ def get_config(arg: str = ""):
     config.optimizer = common.muon(0.005, 5e-4)
     config.draws = 1  # noisy draws that share a clean pass
     config.grid_steps = 12  # N of the solver grid
-    config.shift = 4.0
+    config.update(common.schedule(options))  # the grid has its shift too
     config.solver = "euler"  # or 'heun'
     config.distance = "mse"  # or 'pseudo_huber'
     config.ema.decay = 0.9
@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
     if options.world == "wan_1_3b":
         config.steps = 5000
         config.optimizer = common.wan_optimizer()
-        config.grid_steps, config.shift = 48, 5.0
+        config.grid_steps = 48
         config.guidance = 3.0
         config.ema.decay = 0.99
     return config

@@ -13,15 +13,15 @@ def get_config(arg: str = ""):
     config.steps = 320
     config.optimizer = common.optimizer("adamw", 1e-3)
     config.grid_steps = 12  # N of the solver grid
-    config.shift = 4.0
-    config.positions = (1000.0, 500.0)  # the student's schedule, on the unshifted 1000-grid
+    config.update(common.schedule(options))  # the grid has its shift too
+    del config.first_positions  # the student learns from the points of one schedule
     config.solver = "euler"  # or 'heun'
     config.ema.decay = 0.9
     config.init_from.teacher = "runs/stage1"
     if options.world == "wan_1_3b":
         config.steps = 5000
         config.optimizer = common.wan_optimizer()
-        config.grid_steps, config.shift = 48, 5.0
+        config.grid_steps = 48
         config.guidance = 3.0
         config.ema.decay = 0.99
     return config

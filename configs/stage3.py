@@ -21,10 +21,8 @@ def get_config(arg: str = ""):
     config.critic_steps = 3  # critic steps a student step
     config.ema.decay = 0.9
     config.given = 1  # real frames that a self-rollout starts from
-    config.positions = (1000.0, 500.0)  # the student's schedule, on the unshifted 1000-grid
-    config.first_positions = (1000.0, 750.0, 500.0, 250.0)  # of the first generated chunk
-    config.shift = 4.0
-    config.score_shift = 4.0  # of the noise level at which the scores are compared
+    config.update(common.schedule(options))
+    config.score_shift = config.shift  # of the noise level at which the scores are compared
     config.score_sigma = (0.02, 0.98)  # its range
     config.sigma_floor = 0.3  # of the critic's loss
     config.real_score = "causal"  # or 'bidirectional'
@@ -40,7 +38,6 @@ def get_config(arg: str = ""):
         config.critic_steps = 5
         config.ema.decay = 0.99
         config.given = 0
-        config.shift = config.score_shift = 5.0
         config.sigma_floor = 0.0
         config.real_score = "bidirectional"
         # The public code's 3, which it applies as cond + 3 (cond - uncond).

@@ -11,7 +11,7 @@ from cfpp import flow
 from cfpp.attention.pattern import Pattern
 from cfpp.errors import UserError
 from cfpp.rollout.generate import Rollout, euler, for_stage
-from configs import stage3
+from configs import stage2, stage3
 from tests import tiny
 
 
@@ -104,6 +104,7 @@ def test_frames_of_another_size():
 
 def test_students_take_the_positions_they_were_trained_for():
     config = stage3.get_config()
+    assert config.positions == stage2.get_config().positions
     config.positions, config.first_positions = (1000.0, 250.0), (1000.0, 750.0, 250.0)
     level = lambda positions: flow.schedule(positions, config.shift)
     for steps in (None, 2):
@@ -114,6 +115,8 @@ def test_students_take_the_positions_they_were_trained_for():
     for first_steps, positions in ((2, config.positions), (3, config.first_positions)):
         first = for_stage(config, 4, first_steps).sampler.sigmas[0, : first_steps + 1]
         np.testing.assert_array_equal(first, level(positions))
+    sampler = for_stage(config, 3).sampler
+    np.testing.assert_array_equal(sampler.sigmas[:, :4], [level(config.first_positions)] * 2)
     sampler = for_stage(config, 4, first_steps=1).sampler
     np.testing.assert_array_equal(sampler.sigmas[1, :5], level([1000, 750, 500, 250]))
     assert sampler.last.tolist() == [0, 3]

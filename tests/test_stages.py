@@ -104,6 +104,7 @@ def test_contract(variant):
         ("bidirectional", {"data.frames": 1}, "data.frames is 1; with a given_rate above 0"),
         ("consistency", {"solver": "rk4"}, "solver must be one of euler, heun, got 'rk4'"),
         ("consistency", {"distance": "l3"}, "distance must be one of mse, pseudo_huber"),
+        ("consistency", {"positions": (500.0, 1000.0)}, "sampling positions must fall, from 1000"),
         ("ode", {"positions": (1000.0, 333.0)}, "do not all lie on the grid of 12 steps"),
         ("dmd", {"real_score": "none"}, "real_score must be one of bidirectional, causal"),
         ("dmd", {"history_gradient": "all"}, "history_gradient must be one of none"),

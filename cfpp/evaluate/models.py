@@ -19,6 +19,7 @@ from cfpp.rollout.stream import Player
 from cfpp.train import checkpoint
 from cfpp.train import workdir as workdirs
 
+STUDENTS = ("consistency", "ode", "dmd")  # stages that make one
 SPEED_FRAMES = 48  # of a stream that is timed
 
 
@@ -34,6 +35,8 @@ class Row:
       first_steps: of the sampler for the first chunk.
       workdir: the stage's work directory.
       stage: the `config.stage` of that work directory.
+      student: the work directory of the student by whose schedule an undistilled teacher is
+        sampled, if there is one.
     """
 
     key: str
@@ -43,6 +46,7 @@ class Row:
     first_steps: int
     workdir: epath.Path
     stage: str
+    student: epath.Path | None = None
 
     @property
     def name(self) -> str:
@@ -117,8 +121,9 @@ def find_rows(stages: dict[epath.Path, ml_collections.ConfigDict]) -> list[Row]:
     Of several of one kind, the last: a teacher may have been trained in more than one job.
     """
     last = {config.stage: folder for folder, config in stages.items()}
+    student = next((last[stage] for stage in STUDENTS if stage in last), None)
     return [
-        Row(key, model, method, steps, first_steps, last[stage], stage)
+        Row(key, model, method, steps, first_steps, last[stage], stage, student)
         for key, model, stage, method, steps, first_steps in _ROWS
         if stage in last
     ]
@@ -157,7 +162,8 @@ def load(row: Row) -> Model:
     teacher = row.stage == "ar_diffusion"
     rollout = generate.for_stage(config, row.steps, None if teacher else row.first_steps)
     if teacher and row.method == "consistency":  # as if it were distilled
-        sampler = generate.consistency(row.steps, config.shift)
+        student = workdirs.read_config(row.student) if row.student else config
+        sampler = generate.student_sampler(student, row.steps, row.first_steps)
         rollout = rollout.replace(sampler=sampler, guidance=1.0)
     chunk = rollout.network.pattern.chunk
     return Model(functools.partial(_causal, rollout, params), chunk, rollout.passes / chunk)

@@ -77,7 +77,7 @@ def evenly(steps: int) -> tuple[float, ...]:
 
 
 def consistency(steps: int, shift: float, first_steps: int | None = None) -> Sampler:
-    """The consistency sampler at evenly spaced positions: what distilled students run with."""
+    """The consistency sampler at evenly spaced positions; `student_sampler` at a student's own."""
     sigmas, first = (flow.schedule(evenly(n), shift) for n in (steps, first_steps or steps))
     return Sampler.create(sigmas, first, flow.consistency_step)
 
@@ -427,6 +427,29 @@ class Rollout(flax.struct.PyTreeNode):
         return stream.cache.write(stream.pending_frame, key, value), v[:, size:]
 
 
+def student_sampler(
+    config: ml_collections.ConfigDict, steps: int | None = None, first_steps: int | None = None
+) -> Sampler:
+    """The consistency sampler of a student, at the positions of its config.
+
+    Args:
+      config: of its stage: `shift`, `positions` and `first_positions`, of which the last two may be
+        missing.
+      steps: None is as many as `positions`, or 2.
+      first_steps: of the first chunk; None is as many as `first_positions` where `steps` are as
+        many as `positions`, or else `steps`. Of both, so many steps as the config has positions for
+        are taken there, and others at evenly spaced ones.
+    """
+    positions = config.get("positions", ()) or evenly(2)
+    first_positions = config.get("first_positions", ()) or positions
+    steps = steps or len(positions)
+    first_steps = first_steps or (len(first_positions) if steps == len(positions) else steps)
+    known = {len(p): p for p in (first_positions, positions)}
+    rows = (known.get(n, evenly(n)) for n in (steps, first_steps))
+    levels, first_levels = (flow.schedule(p, config.shift) for p in rows)
+    return Sampler.create(levels, first_levels, flow.consistency_step)
+
+
 def for_stage(
     config: ml_collections.ConfigDict,
     steps: int | None = None,
@@ -437,11 +460,8 @@ def for_stage(
 
     Args:
       config: of the stage. Its guidance counts for a teacher; in a student it is distilled.
-      steps: of the sampler; None is 48 for a teacher, and for a student what it was trained for,
-        or 2.
-      first_steps: of a student's first chunk; None is as trained with so many `steps`, or `steps`.
-        In both a student takes positions it was trained for, where there are as many as steps, and
-        evenly spaced ones where not.
+      steps: of the sampler; None is 48 for a teacher, and for a student see `student_sampler`.
+      first_steps: of a student's first chunk; see there.
       fused: see the module's docstring.
 
     Raises:
@@ -456,16 +476,7 @@ def for_stage(
         if first_steps is not None:
             raise UserError("a teacher takes as many steps for the first chunk as for the others")
         return Rollout(network, euler(steps or 48, config.shift), config.guidance, fused)
-    trained = config.get("positions", ())
-    trained_first = config.get("first_positions", ()) or trained
-    steps = steps or len(trained) or 2
-    first_steps = first_steps or (len(trained_first) if steps == len(trained) else steps)
-    positions = trained if steps == len(trained) else evenly(steps)
-    known = {len(trained): trained, len(trained_first): trained_first}
-    first = known.get(first_steps, evenly(first_steps))
-    levels, first_levels = (flow.schedule(p, config.shift) for p in (positions, first))
-    sampler = Sampler.create(levels, first_levels, flow.consistency_step)
-    return Rollout(network, sampler, fused=fused)
+    return Rollout(network, student_sampler(config, steps, first_steps), fused=fused)
 
 
 def chunk_ends(pattern: Pattern, given: int, frames: int) -> np.ndarray:

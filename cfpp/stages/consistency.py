@@ -17,6 +17,7 @@ import numpy as np
 
 from cfpp import flow
 from cfpp.models.network import Network
+from cfpp.rollout.generate import student_sampler
 from cfpp.stages.stage import (
     FLOATS,
     Stage,
@@ -100,6 +101,7 @@ def build(config) -> Stage:
     network = Network.create(config.model, config.pattern)
     transform = optimizer(config.optimizer, config.steps)
     grid = jnp.asarray(flow.grid(config.grid_steps, config.shift))
+    student_sampler(config)  # not used in training; what it refuses is refused before
 
     def init(rng, parents):
         params = inherit(network.init(rng), parents["teacher"])

@@ -28,7 +28,7 @@ from cfpp import flow
 from cfpp.attention.cache import Cache
 from cfpp.models.dit import HISTORY_GRADIENTS
 from cfpp.models.network import Condition, Network, Params
-from cfpp.rollout.generate import Noise, Rollout, Sampler, chunk_ends, gaussian_noise
+from cfpp.rollout.generate import Noise, Rollout, chunk_ends, gaussian_noise, student_sampler
 from cfpp.stages.stage import (
     FLOATS,
     Stage,
@@ -175,9 +175,7 @@ def build(config) -> Stage:
             f"first chunk of {size}"
         )
     chunks = len(ends)
-    sigmas = flow.schedule(config.positions, config.shift)
-    first = flow.schedule(config.first_positions or config.positions, config.shift)
-    sampler = Sampler.create(sigmas, first, flow.consistency_step)
+    sampler = student_sampler(config)
     rollout = Rollout(network.rolled(), sampler)
     student = Network(network.dit.clone(history_gradient=config.history_gradient), network.pattern)
     transform = optimizer(config.optimizer, config.steps)
@@ -205,7 +203,7 @@ def build(config) -> Stage:
     def draw_exits(rng):
         """One exit for all chunks, drawn uniformly; the first chunk's own where it is longer."""
         u = jax.random.uniform(rng)
-        steps = np.array([len(first) - 1] + [len(sigmas) - 1] * (chunks - 1))
+        steps = 1 + sampler.last[np.minimum(np.arange(chunks), 1)]
         return jnp.floor(u * steps).astype(jnp.int32)
 
     def draw(rng, x0):

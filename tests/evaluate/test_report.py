@@ -18,7 +18,7 @@ from cfpp.evaluate import __main__ as command_line
 from cfpp.evaluate import job, measure, metrics, models, probe, report, table
 from cfpp.train import checkpoint
 from cfpp.train import workdir as workdirs
-from configs import common, quickstart
+from configs import common, quickstart, stage1, stage2
 
 SETTINGS = dict(episodes=6, frames=4, starts=2, samples=8, probe_steps=2)
 STAGES = ("bidirectional", "ar_diffusion", "dmd")
@@ -242,6 +242,23 @@ def test_models_generate(stage, monkeypatch):
     np.testing.assert_array_equal(other[:, :4], video[:, :4])
     rate = models.speed(model, context[0], actions[0, :1])
     assert rate.mean > 0 and np.isfinite(rate.error)
+
+
+def test_an_undistilled_teacher_takes_the_schedule_of_its_student(monkeypatch):
+    teacher, student = stage1.get_config("smoke"), stage2.get_config("smoke")
+    teacher.shift, student.positions = 3.0, (1000.0, 125.0)
+    monkeypatch.setattr(checkpoint, "load_model", lambda path: (teacher, {}))
+    monkeypatch.setattr(models.workdirs, "read_config", lambda path: student)
+    folders = pathlib.Path("stage1"), pathlib.Path("stage2")
+    for trained, levels in (
+        ([teacher], [1, 0.75]),  # 3 sigma / (1 + 2 sigma) at a half
+        ([teacher, student], [1, 4 / 11]),  # 4 sigma / (1 + 3 sigma) at an eighth
+    ):
+        rows = models.find_rows(dict(zip(folders, trained, strict=False)))
+        (row,) = (row for row in rows if row.key == "ar_2")
+        rollout = models.load(row).stream.args[0]
+        np.testing.assert_allclose(rollout.sampler.sigmas[:, :2], [levels] * 2, rtol=1e-6)
+        assert rollout.sampler.last.tolist() == [1, 1]
 
 
 def test_a_base_of_single_frames_continues_none(monkeypatch):
