@@ -117,6 +117,10 @@ def test_students_take_the_positions_they_were_trained_for():
         np.testing.assert_array_equal(first, level(positions))
     sampler = for_stage(config, 3).sampler
     np.testing.assert_array_equal(sampler.sigmas[:, :4], [level(config.first_positions)] * 2)
+    config.positions = (1000.0, 500.0, 250.0)  # as many, and others
+    sampler = for_stage(config).sampler
+    np.testing.assert_array_equal(sampler.sigmas[0, :4], level(config.first_positions))
+    np.testing.assert_array_equal(sampler.sigmas[1, :4], level(config.positions))
     sampler = for_stage(config, 4, first_steps=1).sampler
     np.testing.assert_array_equal(sampler.sigmas[1, :5], level([1000, 750, 500, 250]))
     assert sampler.last.tolist() == [0, 3]

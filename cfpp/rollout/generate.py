@@ -444,9 +444,9 @@ def student_sampler(
     first_positions = config.get("first_positions", ()) or positions
     steps = steps or len(positions)
     first_steps = first_steps or (len(first_positions) if steps == len(positions) else steps)
-    known = {len(p): p for p in (first_positions, positions)}
-    rows = (known.get(n, evenly(n)) for n in (steps, first_steps))
-    levels, first_levels = (flow.schedule(p, config.shift) for p in rows)
+    known = lambda n, *rows: next((row for row in rows if len(row) == n), evenly(n))
+    rows = known(steps, positions, first_positions), known(first_steps, first_positions, positions)
+    levels, first_levels = (flow.schedule(row, config.shift) for row in rows)
     return Sampler.create(levels, first_levels, flow.consistency_step)
 
 
