@@ -1,6 +1,7 @@
-"""At which noise level the second of a student's two steps does most.
+r"""At which noise level a student takes the second of two steps, and what it makes of it.
 
-    python benchmarks/second_step.py ten_minutes=runs/quickstart/stage2 an_hour=runs/long/stage2
+    python benchmarks/second_step.py ten_minutes=runs/quickstart/stage2 an_hour=runs/long/stage2 \
+        gpu=runs/gpu/stage2 boxing_on_two_cores=runs/atari/stage2
 
 A consistency student may take its second step from any noise level: high, and the step decides anew
 what chance decides; low, and it only cleans the picture that the first step has made. The students
@@ -22,7 +23,7 @@ from cfpp.rollout import generate
 from cfpp.train import checkpoint
 
 SIGMAS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-SETTINGS = measure.Settings(episodes=128, probe_steps=1)  # actions are told elsewhere
+SETTINGS = measure.Settings(episodes=128, probe_steps=1)  # no figure here needs the probe
 SHOWN = ("intact_1", "intact_4", "intact_9", "intact_12", "directions", "agent_error", "frechet")
 
 

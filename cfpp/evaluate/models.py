@@ -19,7 +19,7 @@ from cfpp.rollout.stream import Player
 from cfpp.train import checkpoint
 from cfpp.train import workdir as workdirs
 
-STUDENTS = ("consistency", "ode", "dmd")  # stages that make one
+_STUDENTS = ("consistency", "ode", "dmd")  # whose schedule counts: the first of them that is there
 SPEED_FRAMES = 48  # of a stream that is timed
 
 
@@ -35,8 +35,8 @@ class Row:
       first_steps: of the sampler for the first chunk.
       workdir: the stage's work directory.
       stage: the `config.stage` of that work directory.
-      student: the work directory of the student by whose schedule an undistilled teacher is
-        sampled, if there is one.
+      student: the work directory of the job's student, if there is one: by its schedule, or else
+        at its own shift, an undistilled teacher is sampled.
     """
 
     key: str
@@ -121,7 +121,7 @@ def find_rows(stages: dict[epath.Path, ml_collections.ConfigDict]) -> list[Row]:
     Of several of one kind, the last: a teacher may have been trained in more than one job.
     """
     last = {config.stage: folder for folder, config in stages.items()}
-    student = next((last[stage] for stage in STUDENTS if stage in last), None)
+    student = next((last[stage] for stage in _STUDENTS if stage in last), None)
     return [
         Row(key, model, method, steps, first_steps, last[stage], stage, student)
         for key, model, stage, method, steps, first_steps in _ROWS

@@ -40,7 +40,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--checkpoint", help="what python -m cfpp.export wrote")
     parser.add_argument("--frames", type=int, default=96, help="how many to generate")
     parser.add_argument("--steps", type=int, help="network steps a frame; a teacher's default: 48")
-    parser.add_argument("--first_steps", type=int, help="steps of the first chunk, if different")
+    parser.add_argument(
+        "--first_steps", type=int, help="of the first chunk; default: as trained, or as --steps"
+    )
     steering = parser.add_mutually_exclusive_group()
     steering.add_argument(
         "--actions", help="action numbers such as 4,4,4,2 or 4x12,2x6; repeated to the end"

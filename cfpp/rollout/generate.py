@@ -437,15 +437,15 @@ def student_sampler(
         missing.
       steps: None is as many as `positions`, or 2.
       first_steps: of the first chunk; None is as many as `first_positions` where `steps` are as
-        many as `positions`, or else `steps`. Of both, so many steps as the config has positions for
-        are taken there, and others at evenly spaced ones.
+        many as `positions`, or else `steps`. So many steps as one of the two has positions are
+        taken there, its own before the other's, and any other number at evenly spaced ones.
     """
     positions = config.get("positions", ()) or evenly(2)
     first_positions = config.get("first_positions", ()) or positions
     steps = steps or len(positions)
     first_steps = first_steps or (len(first_positions) if steps == len(positions) else steps)
-    known = lambda n, *rows: next((row for row in rows if len(row) == n), evenly(n))
-    rows = known(steps, positions, first_positions), known(first_steps, first_positions, positions)
+    of = lambda n, *rows: next((row for row in rows if len(row) == n), evenly(n))
+    rows = of(steps, positions, first_positions), of(first_steps, first_positions, positions)
     levels, first_levels = (flow.schedule(row, config.shift) for row in rows)
     return Sampler.create(levels, first_levels, flow.consistency_step)
 

@@ -101,7 +101,7 @@ def build(config) -> Stage:
     network = Network.create(config.model, config.pattern)
     transform = optimizer(config.optimizer, config.steps)
     grid = jnp.asarray(flow.grid(config.grid_steps, config.shift))
-    student_sampler(config)  # not used in training; what it refuses is refused before
+    student_sampler(config)  # refuses bad positions now, and not at the first sample
 
     def init(rng, parents):
         params = inherit(network.init(rng), parents["teacher"])

@@ -72,8 +72,8 @@ print("equal")
 """
 
 
-# All 18 meshes take two minutes a stage, and six in stage 3; those that cover them a third. Other
-# stages divide what teacher forcing divides.
+# All 18 meshes take two minutes a stage, and six in stage 3; those in which each two axes come
+# together take a third of that.
 SLOW = dict.fromkeys(("bidirectional", "consistency", "ode", "dmd"), "covering")
 SLOW["ar_diffusion"] = "every"
 
