@@ -15,8 +15,6 @@ makes: 1 is all of it, 0 is the mean of all directions whatever the noisy frame 
 Writes `benchmarks/results/first_step.json`.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import measuring
@@ -98,14 +96,8 @@ def measure(workdir: str) -> list[dict]:
 
 def main() -> None:
     """Reads the command line, prints the tables and writes the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("teachers", nargs="+", metavar="NAME=WORKDIR", help="stage-1 runs")
-    options = parser.parse_args()
     results = {}
-    for teacher in options.teachers:
-        name, _, workdir = teacher.partition("=")
+    for name, workdir in measuring.named_workdirs(__doc__, "stage-1 runs").items():
         results[name] = measure(workdir)
         print(f"{name}\nsigma  exact error  beyond  share of the decision")
         for row in results[name]:

@@ -1,5 +1,6 @@
 """What the benchmarks share: the machine's description, its measured rates, and timing."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -89,6 +90,21 @@ def write_table(page: pathlib.Path, name: str, text: str) -> None:
     before, _, rest = page.read_text().partition(begin)
     _, _, after = rest.partition(end)
     page.write_text(before + begin + text + end + after)
+
+
+def named_workdirs(description: str, what: str) -> dict[str, str]:
+    """Work directories by name, from a command line of `NAME=WORKDIR`.
+
+    Args:
+      description: of the program.
+      what: the work directories are of, such as 'stage-1 runs'.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workdirs", nargs="+", metavar="NAME=WORKDIR", help=what)
+    words = parser.parse_args().workdirs
+    return {name: workdir for name, _, workdir in (word.partition("=") for word in words)}
 
 
 def write(name: str, results: dict) -> None:

@@ -269,7 +269,7 @@ MUTATIONS = (
     ),
     Mutation(
         "exit_never_last", "the rollout never leaves at the schedule's last step",
-        "cfpp/stages/dmd.py", "jnp.floor(u * steps)", "jnp.floor(u * (steps - 1))",
+        "cfpp/stages/dmd.py", "jnp.floor(u * (last + 1))", "jnp.floor(u * last)",
         (f"{WIRING}matching",),
     ),
     Mutation(
@@ -279,8 +279,8 @@ MUTATIONS = (
     ),
     Mutation(
         "first_schedule", "the first chunk's longer schedule is ignored in stage 3",
-        "cfpp/stages/dmd.py", "rows = np.minimum(np.arange(chunks), 1)",
-        "rows = np.ones(chunks, int)", REPLAYED,
+        "cfpp/stages/dmd.py", "sigmas, _ = rollout.sampler.of_chunks(chunks)",
+        "sigmas = jnp.asarray(rollout.sampler.sigmas)[np.ones(chunks, int)]", REPLAYED,
     ),
     Mutation(
         "renoise_same", "a step noises again with the noise of the step before",

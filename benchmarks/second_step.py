@@ -11,8 +11,6 @@ of `SIGMAS`; and at one step, which is sigma 1.
 Writes `benchmarks/results/second_step.json`.
 """
 
-import argparse
-
 import jax
 import measuring
 import numpy as np
@@ -56,14 +54,8 @@ def figures_of(workdir: str) -> list[dict]:
 
 def main() -> None:
     """Reads the command line, prints the tables and writes the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("students", nargs="+", metavar="NAME=WORKDIR", help="stage-2 or -3 runs")
-    options = parser.parse_args()
     results = {}
-    for student in options.students:
-        name, _, workdir = student.partition("=")
+    for name, workdir in measuring.named_workdirs(__doc__, "stage-2 or -3 runs").items():
         results[name] = figures_of(workdir)
         columns = [column for column in SHOWN if column in results[name][0]]
         print(name, "sigma", *(f"{column:>13}" for column in columns))

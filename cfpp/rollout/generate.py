@@ -70,6 +70,11 @@ class Sampler(flax.struct.PyTreeNode):
         """Network passes of a chunk after the first, context pass not counted."""
         return int(self.last[1]) + 1
 
+    def of_chunks(self, chunks: int) -> tuple[jax.Array, jax.Array]:
+        """Noise levels `[chunks, width]` and last step `[chunks]` of each generated chunk."""
+        rows = np.minimum(np.arange(chunks), 1)
+        return jnp.asarray(self.sigmas)[rows], jnp.asarray(self.last)[rows]
+
 
 def evenly(steps: int) -> tuple[float, ...]:
     """The usual few-step positions: `evenly(2)` is (1000, 500)."""
@@ -372,8 +377,7 @@ class Rollout(flax.struct.PyTreeNode):
         slots = self.network.pattern.window or end
         stream = rollout.start(params, codec.encode(context), first, slots, null)
         noise = gaussian_noise(rng, stream.pending.shape)
-        rows = np.minimum(np.arange(chunks), 1)  # the first schedule, then the other
-        sigmas, last = jnp.asarray(self.sampler.sigmas)[rows], jnp.asarray(self.sampler.last)[rows]
+        sigmas, last = self.sampler.of_chunks(chunks)
         _, out = rollout.unroll(params, stream, later, chunks, noise, sigmas, last)
         return codec.decode(out.x0[:, : total - given])
 

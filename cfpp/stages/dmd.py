@@ -102,8 +102,7 @@ def self_rollout(
     split = lambda part: condition if actions is None else condition | {"actions": actions[:, part]}
     stream = rollout.start(params, x0[:, :given], split(np.s_[:given]), frames)
     chunks = len(last)
-    rows = np.minimum(np.arange(chunks), 1)
-    sigmas = jnp.asarray(rollout.sampler.sigmas[rows])
+    sigmas, _ = rollout.sampler.of_chunks(chunks)
     stream, out = rollout.unroll(params, stream, split(np.s_[given:]), chunks, noise, sigmas, last)
     x = jnp.concatenate([x0[:, :given], out.x0], 1)
     return jax.lax.stop_gradient((stream.cache, x, out.x, out.sigma))
@@ -203,8 +202,8 @@ def build(config) -> Stage:
     def draw_exits(rng):
         """One exit for all chunks, drawn uniformly; the first chunk's own where it is longer."""
         u = jax.random.uniform(rng)
-        steps = 1 + sampler.last[np.minimum(np.arange(chunks), 1)]
-        return jnp.floor(u * steps).astype(jnp.int32)
+        _, last = sampler.of_chunks(chunks)
+        return jnp.floor(u * (last + 1)).astype(jnp.int32)
 
     def draw(rng, x0):
         """Exits; and for each clip a key of its rollout's noise, the scores' noise and sigma."""
