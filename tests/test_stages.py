@@ -59,9 +59,8 @@ VARIANTS = {
         "consistency", "chunk=3", {"solver": "heun", "distance": "pseudo_huber"},
     ),
     "ode": ("ode", "", {"guidance": 2.0}),
-    "dmd-causal": ("dmd", "", {"first_positions": (1000.0, 750.0, 500.0)}),
-    "dmd-causal-chunk": ("dmd", "chunk=3", {}),
-    "dmd-bidirectional": ("dmd", "chunk=3", {"real_score": "bidirectional", "guidance": 2.0}),
+    "dmd-causal-chunk": ("dmd", "chunk=3", {"first_positions": (1000.0, 750.0, 500.0)}),
+    "dmd-bidirectional": ("dmd", "", {"real_score": "bidirectional", "guidance": 2.0}),
 }  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def bounds(pattern, given, chunks):
     return frames
 
 
-@few(5)
+@few(3)
 @example(Pattern(chunk=1, window=4, sink=1), 7)  # the ring comes round, and all of it is needed
 @given(patterns(), st.sampled_from([6, 7]))
 def test_cached_equals_teacher_forced(pattern, frames):
@@ -307,7 +307,7 @@ def test_draws_share_a_clean_pass_and_nothing_else(pattern, frames, draws):
     jax.tree.map(exact, gradient, total)
 
 
-@few(2)
+@few(1)
 @example((Pattern(chunk=3, window=7, sink=1), 4), 1)
 @example((Pattern(window=3, sink=1), 1), 2)
 @given(continued(), st.sampled_from([1, 2]))
