@@ -36,7 +36,7 @@ lint: $(TESTABLE)
 	$(BIN)/ruff format --check .
 
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PYTEST = PYTHONPATH=$(CURDIR)/$(LIBTPU) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist worksteal --durations=10
+PYTEST = PYTHONPATH=$(CURDIR)/$(LIBTPU) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --durations=10
 
 # The TPU's compiler works without a TPU. It has a place of its own, for tests: where JAX finds it,
 # every program looks for TPUs first and complains that there are none. Other machines than Linux on
