@@ -66,8 +66,7 @@ def rollouts(config, params, sampler, actions, size: int, seed: int = 0) -> np.n
         nothing = {"actions": condition["actions"][:, :0]}
         stream = rollout.start(params, empty, nothing, frames)
         noise = generate.gaussian_noise(rng, stream.pending.shape)
-        sigmas = jnp.asarray(sampler.sigmas)[np.minimum(np.arange(frames), 1)]
-        last = jnp.asarray(sampler.last)[np.minimum(np.arange(frames), 1)]
+        sigmas, last = sampler.of_chunks(frames)
         return rollout.unroll(params, stream, condition, frames, noise, sigmas, last)[1].x0
 
     return np.asarray(run(params, jax.random.key(seed))).reshape(size, frames, -1)

@@ -139,8 +139,7 @@ def test_fused_equals_separate_and_one_scan_equals_chunk_by_chunk(case, guidance
     x0, actions = wide(tiny.latents(net, before)), tiny.actions(frames)
     table = tiny.noise_table(net, frames, 3)
     noise = lambda frame, step: wide(table(frame, step))
-    rows = np.minimum(np.arange(chunks), 1)
-    sigmas, last = sampler.sigmas[rows], sampler.last[rows]
+    sigmas, last = sampler.of_chunks(chunks)
     clips = []
     for fused in (True, False):
         rollout = Rollout(net, sampler, guidance, fused)
