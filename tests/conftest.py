@@ -11,6 +11,8 @@ import jax
 # collectives between processes and simulated warpgroups do, can take the place of these for ever.
 os.environ.setdefault("NPROC", "16")
 jax.config.update("jax_disable_most_optimizations", True)
+# XLA's newer emitters of fusions for the CPU take half of the time that programs of tests compile.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 # The TPU's compiler where `make test` puts it, for a plain `pytest` and the processes that tests
 # start. Whatever finds it there looks for TPUs first, unless it is told not to.

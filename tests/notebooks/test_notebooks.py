@@ -1,5 +1,7 @@
 """The notebooks: run from top to bottom, and kept as they should be."""
 
+import json
+import math
 import os
 import pathlib
 import re
@@ -7,6 +9,9 @@ import re
 import nbclient
 import nbformat
 import pytest
+
+from cfpp import main
+from configs import quickstart
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -39,6 +44,23 @@ def test_runs_from_top_to_bottom(notebook, path, monkeypatch, tmp_path):
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
     )
     assert "error" not in printed, printed
+    if path.stem == "colab_tpu_quickstart":
+        check_quickstart(tmp_path / "run")
+
+
+def check_quickstart(workdir):
+    """Nothing was replaced: data, four stages, their evaluation; and the same command again."""
+    config, report = quickstart.get_config("smoke"), workdir / "report"
+    results = json.loads((report / "results.json").read_text())
+    assert [job["name"] for job in results["jobs"]] == list(config.jobs)
+    keys = [row["key"] for row in results["rows"]]
+    assert {"real", "ar_48", "cd_1", "dmd_2", "base_48"} <= {*keys} and len(keys) == 13
+    for row in results["rows"]:
+        assert (report / "videos" / f"{row['key']}.mp4").stat().st_size > 0
+        assert all(math.isfinite(figure["mean"]) for figure in row["figures"].values())
+    written = (report / "index.html").stat().st_mtime
+    main.run(config.lock(), str(workdir))
+    assert (report / "index.html").stat().st_mtime == written
 
 
 def test_has_no_outputs(notebook, path):
