@@ -3,9 +3,13 @@
 import importlib.util
 import os
 import pathlib
+import signal
 import sys
 
 import jax
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and their programs too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Threads of XLA's pool. On a machine of two cores it has two, and what waits in them for others, as
 # collectives between processes and simulated warpgroups do, can take the place of these for ever.

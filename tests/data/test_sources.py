@@ -56,10 +56,7 @@ def test_other_numbers_are_another_dataset(arena_config):
 def test_a_recording_that_was_interrupted_is_not_a_dataset(tmp_path, death):
     command = [sys.executable, "-m", "cfpp.data.prepare", "--data=arena"]
     command += [f"--directory={tmp_path}", "--episodes=100000"]
-    # A shell that starts the tests in the background has them ignore Ctrl-C, which is inherited.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    signal.signal(signal.SIGINT, before)
     while not list(tmp_path.glob("arena_dataset/*/incomplete*/*")):
         assert process.poll() is None
         time.sleep(0.05)

@@ -69,10 +69,7 @@ class Cloud:
 
 @pytest.fixture
 def cloud(tmp_path):
-    # Where tests run in the background of a shell, programs would inherit that Ctrl-C is ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield Cloud(tmp_path)
-    signal.signal(signal.SIGINT, before)
     for path in tmp_path.glob("hosts/*/cfpp_jobs/pid"):
         try:
             os.killpg(int(path.read_text()), signal.SIGKILL)

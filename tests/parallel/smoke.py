@@ -4,6 +4,7 @@ python -m tests.parallel.smoke FOLDER
 """
 
 import json
+import math
 import pathlib
 import sys
 from unittest import mock
@@ -36,7 +37,7 @@ def run(folder: pathlib.Path, name: str) -> dict:
             *(f"--config.{field}={value}" for field, value in fields.items()),
         ),
         count,
-        devices=8 if count > 1 else 1,
+        devices=math.prod(mesh.values()),
     )
     ended = job.end()
     assert not any(ended["codes"]), ended["told"]
