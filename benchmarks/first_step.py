@@ -53,7 +53,7 @@ def posterior_mean(x: jax.Array, means: jax.Array, sigma: float) -> jax.Array:
 def measure(workdir: str) -> list[dict]:
     """The table of one teacher: a row a noise level."""
     config, params = checkpoint.load_model(workdir)
-    network = Network.create(config.model, config.pattern).rolled()
+    network = Network.create(config.model, config.pattern).without_unrolling()
     clips = pipeline.test_clips(config.data, CLIPS, 2)
     away = metrics.away_from_walls(clips["states"]["balls"][:, 0])
     clips = jax.tree.map(lambda x: x[away], clips)

@@ -206,8 +206,8 @@ MUTATIONS = (
     ),
     Mutation(
         "draws_share_sigma", "all draws of a clip have the same noise levels",
-        "cfpp/stages/stage.py", "jax.random.uniform(rng, (batch, draws, chunk[-1] + 1))",
-        "jax.random.uniform(rng, (batch, 1, chunk[-1] + 1)).repeat(draws, 1)",
+        "cfpp/stages/stage.py", "draw((batch, draws, chunk[-1] + 1))",
+        "draw((batch, 1, chunk[-1] + 1)).repeat(draws, 1)",
         (f"{WIRING}ar_diffusion",),
     ),
     Mutation(
@@ -227,7 +227,7 @@ MUTATIONS = (
     ),
     Mutation(
         "terminal_pair", "the last pair of the grid is never drawn", "cfpp/stages/consistency.py",
-        "0, config.grid_steps\n", "0, config.grid_steps - 1\n", (f"{WIRING}consistency",),
+        "0, config.grid_steps)", "0, config.grid_steps - 1)", (f"{WIRING}consistency",),
     ),
     Mutation(
         "target_by_student", "the target comes from the teacher instead of the average",

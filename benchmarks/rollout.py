@@ -59,7 +59,7 @@ def video(model: ml_collections.ConfigDict, frames: int) -> np.ndarray:
 def stream(size: str, attention: str, first_steps: int) -> dict:
     """Streams a clip twice, and times the second: the first one compiles."""
     config = job(size, attention)
-    network = Network.create(config.model, config.pattern).rolled()
+    network = Network.create(config.model, config.pattern).without_unrolling()
     # Parameters are read once a pass, so they are kept in the dtype in which they are used.
     dtype = network.dit.dtype
     init = lambda rng: jax.tree.map(lambda x: x.astype(dtype), nn.meta.unbox(network.init(rng)))

@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from cfpp import main as training
+from cfpp import command_line
 from cfpp.errors import UserError, exit_on_user_error
 from cfpp.parallel import topology
 
@@ -341,7 +341,7 @@ def parse(argv: list[str]) -> list[str]:
     Raises:
       UserError: a mistake in it.
     """
-    left_over = training.parse_config(argv)
+    left_over = command_line.parse(argv)
     if not flags.FLAGS.topology:
         raise UserError("--topology is missing; give a slice such as v5p:4x4x4 or v5e:16x16")
     topology.chip(flags.FLAGS.topology)

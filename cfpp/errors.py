@@ -14,6 +14,11 @@ class UserError(Exception):
     """
 
 
+def one_line(error: Exception) -> str:
+    """What an exception says, without line breaks."""
+    return " ".join(str(error).split())
+
+
 @contextlib.contextmanager
 def exit_on_user_error(interrupted: str = "interrupted") -> Iterator[None]:
     """Turns a `UserError` into one line on stderr and exit code 2, without a traceback.

@@ -21,6 +21,8 @@ import numpy as np
 
 SOLVERS = ("euler", "heun")
 
+FLOOR = 0.05  # the least noise level that x - x0 is divided by
+
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x_sigma, sigma) -> v
 
 
@@ -46,12 +48,12 @@ def to_x0(x: jax.Array, v: jax.Array, sigma: jax.Array) -> jax.Array:
     return x - expand(sigma, x) * v
 
 
-def to_velocity(x: jax.Array, x0: jax.Array, sigma: jax.Array, floor: float = 0.05) -> jax.Array:
-    """The velocity that leads from `x0` to `x`: the inverse of `to_x0` for sigma >= `floor`.
+def to_velocity(x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The velocity that leads from `x0` to `x`: the inverse of `to_x0` for sigma >= `FLOOR`.
 
-    Below `floor` the division is by `floor`, so that the velocity stays bounded at sigma = 0.
+    Below `FLOOR` the division is by `FLOOR`, so that the velocity stays bounded at sigma = 0.
     """
-    return (x - x0) / jnp.maximum(expand(sigma, x), floor)
+    return (x - x0) / jnp.maximum(expand(sigma, x), FLOOR)
 
 
 def shift(sigma, s: float):
@@ -60,7 +62,11 @@ def shift(sigma, s: float):
 
 
 def grid(steps: int, s: float) -> np.ndarray:
-    """The solver grid of equation (5): float32 `[steps + 1]`, falling from 1 to 0."""
+    """The solver grid of equation (5): float32 `[steps + 1]`, falling from 1 to 0.
+
+    Raises:
+      ValueError: there is no step.
+    """
     if steps < 1:
         raise ValueError(f"a solver grid needs at least 1 step, got {steps}")
     return shift(1 - np.arange(steps + 1) / steps, s).astype(np.float32)
@@ -110,7 +116,11 @@ def heun_step(
 def solver_step(
     solver: str, velocity_fn: Velocity, x: jax.Array, sigma: jax.Array, sigma_next: jax.Array
 ) -> jax.Array:
-    """One step of `solver`, 'euler' or 'heun', from `sigma` to `sigma_next`."""
+    """One step of `solver` from `sigma` to `sigma_next`.
+
+    Raises:
+      ValueError: `solver` is none of `SOLVERS`.
+    """
     if solver == "euler":
         return euler_step(x, velocity_fn(x, sigma), sigma, sigma_next)
     if solver == "heun":
@@ -131,7 +141,7 @@ def guide(v_cond: jax.Array, v_uncond: jax.Array, weight: float) -> jax.Array:
 
 
 def matching_loss(
-    velocity_fn: Velocity, x0: jax.Array, noise: jax.Array, sigma: jax.Array, floor: float = 0.05
+    velocity_fn: Velocity, x0: jax.Array, noise: jax.Array, sigma: jax.Array, floor: float = FLOOR
 ) -> jax.Array:
     """Flow matching: the squared error of the velocity, one value a frame, `[batch, frames]`.
 
@@ -139,11 +149,11 @@ def matching_loss(
       velocity_fn: the network.
       x0, noise: `[batch, frames, height, width, channels]`.
       sigma: `[batch, frames]`.
-      floor: noise levels below this weigh less, by (max(sigma, 0.05) / floor)^2: the raw error of a
-        network that predicts x0 then counts the same at all of them. 0.05, the floor of
+      floor: noise levels below this weigh less, by (max(sigma, FLOOR) / floor)^2: the raw error of
+        a network that predicts x0 then counts the same at all of them. `FLOOR`, that of
         `to_velocity`, or less weighs all alike.
     """
     v = velocity_fn(interpolate(x0, noise, sigma), sigma)
     error = jnp.mean(jnp.square(v - velocity(x0, noise)), axis=(2, 3, 4))
-    floor = max(floor, 0.05)
-    return error * jnp.square(jnp.maximum(sigma, 0.05) / jnp.maximum(sigma, floor))
+    floor = max(floor, FLOOR)
+    return error * jnp.square(jnp.maximum(sigma, FLOOR) / jnp.maximum(sigma, floor))

@@ -8,22 +8,17 @@ line is told at once.
 """
 
 import contextlib
-import difflib
 import os
-import runpy
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
-from ml_collections import config_flags
-from ml_collections.config_flags import config_path
 
+from cfpp import command_line
 from cfpp.errors import UserError, exit_on_user_error
 
-config_flags.DEFINE_config_file("config", help_string="Path of the configuration, maybe with :ARG.")
 flags.DEFINE_string("workdir", None, "Working directory; made if missing.")
 flags.DEFINE_bool("profile", False, "Record some steps for TensorBoard's profiler.")
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where there are several.")
@@ -43,107 +38,10 @@ def parse(argv: list[str]) -> list[str]:
     Raises:
       UserError: a mistake in it.
     """
-    left_over = parse_config(argv)
+    left_over = command_line.parse(argv)
     if not flags.FLAGS.workdir:
         raise UserError("--workdir is missing; give the directory for checkpoints and metrics")
     return left_over
-
-
-def parse_config(argv: list[str]) -> list[str]:
-    """`parse` without --workdir, for other programs that take a configuration."""
-    path = _config_path(argv)
-    default = _load(path) if path else Config()
-    try:
-        left_over = flags.FLAGS(argv)
-    except flags.IllegalFlagValueError as error:
-        raise UserError(_illegal_value(default, error)) from error
-    except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from error
-    except (AttributeError, KeyError) as error:
-        raise UserError(_unknown_field(argv, path, default, error)) from error
-    _check_tuples(default)
-    if len(left_over) > 1:
-        raise UserError(f"unexpected argument {left_over[1]!r}; options start with --")
-    return left_over
-
-
-def _config_path(argv: list[str]) -> str:
-    """The value of --config."""
-    for index, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name in ("--config", "-config"):
-            path = value if equals else "".join(argv[index + 1 : index + 2])
-            if not os.path.isfile(path.split(":", 1)[0]):
-                raise UserError(
-                    f"--config={path}: there is no file {path.split(':', 1)[0]!r} in {os.getcwd()}"
-                )
-            return path
-    if any(word.lstrip("-").startswith("help") for word in argv):
-        return ""
-    raise UserError("--config is missing; give a file such as configs/quickstart.py")
-
-
-def _illegal_value(default: Config, error: flags.IllegalFlagValueError) -> str:
-    """Tells a value of a wrong type."""
-    flag = str(error).partition(": ")[0].removeprefix("flag ")
-    if not flag.startswith("--config."):
-        return " ".join(str(error).split())
-    field = flag.partition("=")[0].removeprefix("--config.")
-    value = config_path.get_value(field, default)
-    if isinstance(value, Config):
-        return f"{flag}: this is a group of fields; set --config.{field}.{next(iter(value))}, ..."
-    wanted = config_path.get_type(field, default).__name__  # a placeholder's too
-    default_value = "" if value is None else f", as the default {value!r}"
-    return f"{flag}: give a value of type {wanted}{default_value}"
-
-
-def _unknown_field(argv: list[str], path: str, default: Config, error: Exception) -> str:
-    """Tells the first --config.field that the configuration lacks, and the nearest it has."""
-    known = list(_fields(default))
-    for word in argv:
-        field = word.partition("=")[0].lstrip("-").removeprefix("config.")
-        if word.lstrip("-").startswith("config.") and field not in known:
-            nearest = difflib.get_close_matches(field, known, n=1, cutoff=0.0)
-            return f"--config.{field}: {path} has no such field; the nearest is {nearest[0]}"
-    raise error
-
-
-def _check_tuples(default: Config) -> None:
-    """Checks the elements of tuples on the command line, which `config_flags` leaves unchecked."""
-    for field, value in flags.FLAGS["config"].override_values.items():
-        wanted = config_path.get_value(field, default)
-        if isinstance(wanted, tuple) and wanted:
-            kinds = {type(item) for item in wanted} | ({int} if type(wanted[0]) is float else set())
-            if any(type(item) not in kinds for item in value):
-                raise UserError(f"--config.{field}={value}: give a tuple, as the default {wanted}")
-
-
-def _load(path: str) -> Config:
-    """The configuration as its file has it, without the command line.
-
-    Raises:
-      UserError: the file is none of Python's, gives no configuration, or refuses the argument.
-    """
-    file, *arg = path.split(":", 1)
-    try:
-        get_config = runpy.run_path(file).get("get_config", lambda *_: None)
-        config = get_config(*arg)
-    except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise UserError(f"--config={path}: {kind}{' '.join(str(error).split())}") from error
-    if not isinstance(config, Config):
-        raise UserError(
-            f"--config={path}: {file} has no get_config that returns a ConfigDict; give a file "
-            "such as configs/quickstart.py"
-        )
-    return config
-
-
-def _fields(config: Config, prefix: str = "") -> Iterator[str]:
-    for name, value in config.items():
-        yield prefix + name
-        if isinstance(value, Config):
-            yield from _fields(value, f"{prefix}{name}.")
 
 
 def run(config: Config, workdir: str, profile: bool = False) -> None:
@@ -237,19 +135,15 @@ def _absolute(config: Config, inside: bool = False) -> Config:
       inside: whether the stage is one of several. Its paths that start with '..' are relative to
         its own working directory, so that the whole may be moved.
     """
-
     from cfpp import paths
+    from cfpp.train import workdir as workdirs
 
-    def absolute(path: Any) -> Any:
-        if not path or paths.is_remote(path) or (inside and path.startswith("..")):
+    def absolute(path: str) -> str:
+        if not path or (inside and path.startswith("..")):
             return path
-        return os.path.abspath(os.path.expanduser(path))
+        return os.fspath(paths.absolute(os.path.expanduser(path)))
 
-    config = config.copy_and_resolve_references().unlock()
-    config.data.directory = absolute(config.data.directory)
-    for role, path in config.init_from.items():
-        config.init_from[role] = absolute(path)
-    return config.lock()
+    return workdirs.map_paths(absolute, config)
 
 
 def _leave(*_) -> None:

@@ -141,7 +141,6 @@ def data(options: ConfigDict) -> ConfigDict:
         config.height = config.width = 64
         config.num_actions = 18
         config.episodes = 256
-        config.episode_frames = 64
     if options.world == "wan_1_3b":
         config.name = ""  # latents and texts cannot be recorded
         config.latents = True

@@ -4,7 +4,8 @@
         --job="--config=configs/stage1.py --config.batch_size=64 --workdir=gs://BUCKET/stage1" \
         --job="--config=configs/stage2.py --config.batch_size=64 --workdir=gs://BUCKET/stage2 ..."
     python launch/cloud.py gpu run --name=cf --zone=us-central1-a --machine_type=a3-highgpu-1g ...
-    python launch/cloud.py tpu logs|fetch|stop|delete --name=cf --zone=us-east5-a
+    python launch/cloud.py tpu fetch --name=cf --zone=us-east5-a --source=gs://BUCKET/stage1
+    python launch/cloud.py tpu logs|stop|delete --name=cf --zone=us-east5-a
 
 `run` does all there is: it creates the machine, installs cfpp on all hosts, starts the jobs and
 watches them; what is preempted or lost is made again, and the jobs go on from their checkpoints.

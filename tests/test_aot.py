@@ -35,6 +35,7 @@ def command(*arguments):
     ("arguments", "message"),
     [
         ([STAGE1], "--topology is missing; give a slice such as v5p:4x4x4"),
+        ([STAGE1, "--workdir=x"], "Unknown command line flag 'workdir'"),
         ([STAGE1, "--topology=v9:2x2"], "--topology=v9:2x2: unknown; give a chip, one of v5e, v5p"),
         (["--topology=v5p:2x2x1"], "--config is missing"),
         ([STAGE1, "--config.modle.dim=1", "--topology=v5p:2x2x1"], "nearest is model.dim"),

@@ -117,6 +117,8 @@ def test_contract(variant):
             "room for a sink of 4 frames and the first",
         ),
         ("ar_diffusion", {"optimizer.schedule": "cosin"}, "optimizer.schedule must be one of"),
+        ("dmd", {"critic_optimizer.name": "adam"}, "^critic_optimizer.name must be one of adamw"),
+        ("dmd", {"real_model": {"heads": 5}}, "^with config.real_model, "),
         ("ar_diffusion", {"model.prediction": "x1"}, "model.prediction must be one of velocity"),
         ("ar_diffusion", {"model.heads": 5}, "dim 24 does not split into 5 heads"),
         ("ar_diffusion", {"model.patch": 3}, "does not divide into patches of 3 x 3"),

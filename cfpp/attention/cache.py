@@ -24,7 +24,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # of each dtype of quantised values
+LARGEST_VALUES = {"int8": 127.0, "float8_e4m3fn": 448.0}  # of each dtype of quantised values
 
 
 class Quantised(flax.struct.PyTreeNode):
@@ -40,10 +40,10 @@ class Quantised(flax.struct.PyTreeNode):
 
     @classmethod
     def of(cls, x: jax.Array, dtype) -> "Quantised":
-        """Rounds `x` `[..., frames, tokens, head_dim]` to `dtype`, one of `LARGEST`."""
+        """Rounds `x` `[..., frames, tokens, head_dim]` to `dtype`, one of `LARGEST_VALUES`."""
         x = x.astype(jnp.float32)
         dtype = jnp.dtype(dtype)
-        scale = jnp.max(jnp.abs(x), -1, keepdims=True) / LARGEST[dtype.name]
+        scale = jnp.max(jnp.abs(x), -1, keepdims=True) / LARGEST_VALUES[dtype.name]
         values = x / jnp.where(scale > 0, scale, 1)
         # The conversion to integers would cut off; that to floats rounds, and to nearest.
         values = jnp.round(values) if jnp.issubdtype(dtype, jnp.integer) else values
@@ -101,10 +101,10 @@ class Cache(flax.struct.PyTreeNode):
     def empty(cls, shape: tuple[int, ...], dtype, sink: int = 0) -> "Cache":
         """An empty cache of `shape` = (layers, batch, heads, slots, tokens, head_dim).
 
-        It is quantised if `dtype` is one of `LARGEST`.
+        It is quantised if `dtype` is one of `LARGEST_VALUES`.
         """
         zeros = jnp.zeros(shape, dtype)
-        if zeros.dtype.name in LARGEST:
+        if zeros.dtype.name in LARGEST_VALUES:
             zeros = Quantised.of(zeros, dtype)
         return cls(zeros, zeros, jnp.full(shape[3], -1, jnp.int32), sink)
 

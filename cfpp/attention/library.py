@@ -25,7 +25,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from cfpp.attention.schedule import Mask
-from cfpp.errors import UserError
+from cfpp.errors import UserError, one_line
 
 Dense = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # of `[B, length, N, D]`
 
@@ -91,7 +91,7 @@ def _import_tokamax():
             ) from None
         raise UserError(
             f"tokamax {importlib.metadata.version('tokamax')} cannot be imported beside JAX "
-            f"{jax.__version__} ({' '.join(str(error).split())}); take another version of one of "
+            f"{jax.__version__} ({one_line(error)}); take another version of one of "
             "them, or config.model.attention=auto"
         ) from error
     return tokamax

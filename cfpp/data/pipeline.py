@@ -181,7 +181,7 @@ def test_clips(data_config: ml_collections.ConfigDict, count: int, frames: int) 
             f"the test split of {data_config.name} has {len(clips)} clips of {frames} frames, but "
             f"{count} are asked for; ask for fewer or shorter ones"
         )
-    return _stack(clips)
+    return jax.tree.map(lambda *parts: np.stack(parts), *clips)
 
 
 def _window(
@@ -192,13 +192,5 @@ def _window(
     return _cut({key: episode[key] for key in ("video", "actions")}, start, data_config.frames)
 
 
-def _cut(episode, start: int, frames: int):
-    if isinstance(episode, dict):
-        return {key: _cut(value, start, frames) for key, value in episode.items()}
-    return episode[start : start + frames]
-
-
-def _stack(clips: list):
-    if isinstance(clips[0], dict):
-        return {key: _stack([clip[key] for clip in clips]) for key in clips[0]}
-    return np.stack(clips)
+def _cut(episode: dict, start: int, frames: int) -> dict:
+    return jax.tree.map(lambda x: x[start : start + frames], episode)

@@ -1,9 +1,10 @@
 """Records a dataset, so that training finds it ready.
 
-    python -m cfpp.data.prepare --data=atari:Boxing --directory=DIR --episodes=512
+    python -m cfpp.data.prepare --data=atari:Boxing --directory=DIR --episodes=256
 
 Training records what is missing by itself; this command does it beforehand, or for many runs. The
-same numbers in the configuration (`data.episodes`, `data.episode_frames`, ...) find the recording.
+same numbers in the configuration (`data.episodes`, `data.episode_frames`, ...) find the recording:
+256 are those of `configs/stage1.py:atari`, 512 those of `configs/stage1.py`.
 """
 
 import ml_collections

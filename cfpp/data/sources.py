@@ -21,7 +21,7 @@ from cfpp import paths
 from cfpp.data import arena, recording
 from cfpp.data.arena_dataset import arena_dataset_dataset_builder
 from cfpp.data.atari_dataset import atari_dataset_dataset_builder
-from cfpp.errors import UserError
+from cfpp.errors import UserError, one_line
 
 
 class Episodes:
@@ -80,7 +80,7 @@ class Episodes:
             record = self._source[index]
         except RuntimeError as error:  # what array_record raises for a damaged file
             raise UserError(
-                f"cannot read record {index} from {self._file(index)}: {_one_line(error)}; "
+                f"cannot read record {index} from {self._file(index)}: {one_line(error)}; "
                 f"delete {self.directory} and prepare the dataset again"
             ) from error
         video = np.asarray(record[self._video])
@@ -309,7 +309,7 @@ def _record(
         if _recorded_directory(data_config, builder, recorded).exists():
             return  # another process has recorded the same at the same time
         raise UserError(
-            f"cannot record {data_config.name} in {root}: {_one_line(error)}; "
+            f"cannot record {data_config.name} in {root}: {one_line(error)}; "
             "give a directory with room and the right to write (data.directory)"
         ) from error
     finally:
@@ -345,11 +345,11 @@ def _readable(dataset: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, json_format.Error) as error:
         raise UserError(
-            f"cannot read the {dataset}: {_one_line(error)}; delete it and prepare it again"
+            f"cannot read the {dataset}: {one_line(error)}; delete it and prepare it again"
         ) from error
     except ImportError as error:
         raise UserError(
-            f"cannot read the {dataset}: {_one_line(error)}; install the package, or prepare the "
+            f"cannot read the {dataset}: {one_line(error)}; install the package, or prepare the "
             "dataset with Tensor features, which need none"
         ) from error
 
@@ -357,7 +357,3 @@ def _readable(dataset: str) -> Iterator[None]:
 def _suggest(name: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean '{near[0]}'?" if near else ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

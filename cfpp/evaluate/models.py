@@ -155,7 +155,7 @@ def load(row: Row) -> Model:
     if row.stage == "bidirectional":
         if config.data.frames < 2:
             raise UserError(f"{row.workdir} has learned single frames and can continue none")
-        network = Network.create(config.model, config.pattern).rolled()
+        network = Network.create(config.model, config.pattern).without_unrolling()
         sampler = generate.euler(row.steps, config.shift)
         stream = functools.partial(_blockwise, network, params, sampler, config.data.frames)
         return Model(stream, config.data.frames - 1, sampler.steps)

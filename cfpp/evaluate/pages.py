@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from cfpp.evaluate import table
 from cfpp.evaluate.table import Report
+from cfpp.train.metrics import duration
 
 
 def markdown(report: Report) -> str:
@@ -61,19 +62,13 @@ def _introduction(report: Report) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def _job_table(report: Report) -> list[list[str]]:
     rows = [["Job", "Stage", "Steps", "Batch", "Time in steps (min:s)", "Steps/s", "Last loss"]]
     for job in report.jobs:
         cells = [job.name, job.stage, str(job.steps), str(job.batch_size), "", "", ""]
         if job.log:
             cells[4:] = [
-                _duration(job.seconds),
+                duration(job.seconds),
                 f"{job.steps / job.seconds:.2f}",
                 f"{job.log[-1]['loss']:.4g}",
             ]
@@ -100,9 +95,9 @@ def _meanings(report: Report) -> list[tuple[str, str]]:
 def _circumstances(report: Report) -> list[str]:
     trained = sum(job.seconds for job in report.jobs)
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    times = f"The evaluation took {_duration(report.seconds)} (min:s)"
+    times = f"The evaluation took {duration(report.seconds)} (min:s)"
     if trained:
-        times = f"The training steps took {_duration(trained)} in all. " + times
+        times = f"The training steps took {duration(trained)} in all. " + times
     return [f"Machine: {report.machine}.", f"Versions: {versions}.", f"{times}."]
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from cfpp import flow
 from cfpp.attention import dispatch, schedule
-from cfpp.attention.cache import LARGEST, Cache
+from cfpp.attention.cache import LARGEST_VALUES, Cache
 from cfpp.attention.pattern import CLEAN, Pattern
 from cfpp.parallel import context, mesh
 
@@ -231,13 +231,12 @@ class Block(nn.Module):
         k = rotate(split(rms_norm(self.dtype, "norm_k")(project("k"))), angles)
         q, k, v = context.to_heads(q, k, split(project("v")))
         parts = [(k, v, own, None)]
-        if history is not None and self.history_gradient == "none":
+        if history is not None:
             mask, *cached = history
+            if self.history_gradient == "straight_through":
+                cached = [_pass_through(x[layer], y) for x, y in zip(cached, (k, v), strict=True)]
+                layer = None
             parts.append((*cached, mask, layer))
-        elif history is not None:
-            mask, *cached = history
-            through = (_pass_through(x[layer], y) for x, y in zip(cached, (k, v), strict=True))
-            parts.append((*through, mask, None))
         out = context.to_tokens(dispatch.attend(self.attention, q, parts))
         out = einops.rearrange(out, "b n e t d -> b e t (n d)")
         return dense(self.dim, ("heads", "embed"), self.dtype, "o")(out), (k, v)
@@ -332,7 +331,7 @@ class DiT(nn.Module):
             "attention": ("auto", *dispatch.IMPLEMENTATIONS),
             "history_gradient": HISTORY_GRADIENTS,
             "dtype": ("float32", "bfloat16", "float16"),
-            "cache_dtype": ("", *LARGEST),
+            "cache_dtype": ("", *LARGEST_VALUES),
         }
         for field, known in choices.items():
             if getattr(self, field) not in known:

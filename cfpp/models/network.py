@@ -84,7 +84,7 @@ class Network:
         """The same network, for what follows the first `given` frames; see `Pattern.after`."""
         return dataclasses.replace(self, pattern=self.pattern.after(given))
 
-    def rolled(self) -> "Network":
+    def without_unrolling(self) -> "Network":
         """The same network with its loop over blocks not unrolled: for programs without gradients.
 
         These gain nothing from unrolling, and compile several times faster.

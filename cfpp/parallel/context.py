@@ -56,7 +56,7 @@ def per_device(attend: Callable) -> Callable:
     def run(q, k, v, mask, layer=None):
         if mesh.ambient() is None:
             return attend(q, k, v, mask, layer)
-        q_spec = mesh.used(q.shape, *(HEADS if _gathers_tokens(q.shape) else TOKENS))
+        q_spec = mesh.used(q.shape, *(HEADS if _divides_heads(q.shape[1]) else TOKENS))
         stacked = () if layer is None else (None,)
         k_spec = lambda x: PartitionSpec(*stacked, *mesh.used(x.shape[len(stacked) :], *HEADS))
         arrays = {"q": q, "k": k, "v": v}
@@ -94,11 +94,6 @@ def _exchanges(shape: tuple[int, ...]) -> bool:
     """Whether an all-to-all leads from tokens to heads: both divide."""
     context = mesh.ambient().shape["context"]
     return context > 1 and _divides_heads(shape[1]) and shape[3] % context == 0
-
-
-def _gathers_tokens(shape: tuple[int, ...]) -> bool:
-    """Whether attention sees all of the queries' tokens."""
-    return _divides_heads(shape[1])
 
 
 def _exchange(x, before, after, **axes):

@@ -26,7 +26,7 @@ from jax._src import clusters  # nothing public tells what JAX finds, without st
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from cfpp.errors import UserError
+from cfpp.errors import UserError, one_line
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -105,7 +105,7 @@ def _found(timeout: float) -> tuple[str, int, int] | None:
             cluster.get_process_id(),
         )
     except Exception as error:  # of all kinds: variables that are not there, no answer to requests
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
             "cannot learn from Slurm or the TPU where process 0 is, and which one this is "
             f"({reason}); give --coordinator_address, --num_processes and --process_id"
@@ -158,10 +158,12 @@ def _call_roll(address: tuple[str, int], count: int, timeout: float) -> dict[int
                 missing = ", ".join(str(i) for i in range(1, count) if i not in present)
                 fault = f"of {count} processes, {missing} did not come within {timeout:g} s"
                 break
+            words = _receive(connection, 10.0).split()
+            if len(words) != 2 or not all(word.isdecimal() for word in words):
+                connection.close()  # gone again, or no process of a job
+                continue
             arrived.append(connection)
-            index, theirs = map(int, _receive(connection, timeout).split() or (-1, -1))
-            if index < 0:
-                continue  # gone again
+            index, theirs = map(int, words)
             if theirs != count:
                 fault = f"process {index} counts {theirs} processes, process 0 counts {count}"
             elif index in present or index == 0:
@@ -213,7 +215,7 @@ def _receive(connection: socket.socket, timeout: float | None) -> str:
             line += part
     except OSError:
         return ""
-    return line.decode().strip()
+    return line.decode(errors="replace").strip()
 
 
 def _tell(line: str) -> None:

@@ -111,8 +111,6 @@ def check(mesh: Mesh, model: ml_collections.ConfigDict, name: str = "config.mode
 
 def divided(model: ml_collections.ConfigDict) -> dict[str, tuple[int, str]]:
     """How many of what the context and the tensor axis divide, of a transformer."""
-    if "heads" not in model:
-        return {}
     tokens = (model.height // model.patch) * (model.width // model.patch)
     return {"context": (tokens, "tokens of a frame"), "tensor": (model.heads, "heads")}
 

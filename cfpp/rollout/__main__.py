@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cfpp import media
-from cfpp.attention.cache import LARGEST
+from cfpp.attention.cache import LARGEST_VALUES
 from cfpp.data import pipeline
 from cfpp.data.actions import held_actions
 from cfpp.errors import ArgumentParser, UserError, exit_on_user_error
@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mesh", help="several devices for the stream: context=4,tensor=2")
     parser.add_argument("--latency", action="store_true", help="write the cache in a separate pass")
     parser.add_argument(
-        "--cache_dtype", choices=sorted(LARGEST), help="hold keys and values in 8 bits"
+        "--cache_dtype", choices=sorted(LARGEST_VALUES), help="hold keys and values in 8 bits"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=int, default=8, help="enlargement of the video")
@@ -111,9 +111,8 @@ def first_frames(
         picture = media.read_image(options.first_frame, height, width)
         return picture[None, None], np.zeros((1, 1), np.int32)
     if options.workdir:
-        folder, _ = checkpoint.find_model(options.workdir)
         try:
-            clip = pipeline.test_clips(workdirs.resolve(config, folder).data, 1, 1)
+            clip = pipeline.test_clips(config.data, 1, 1)
             return clip["video"], clip["actions"]
         except UserError as error:
             why = str(error)

@@ -351,7 +351,6 @@ class Rollout(flax.struct.PyTreeNode):
         context: jax.Array,
         condition: Condition,
         rng: jax.Array,
-        null: Condition | None = None,
     ) -> jax.Array:
         """Continues given frames.
 
@@ -360,7 +359,6 @@ class Rollout(flax.struct.PyTreeNode):
           condition: `actions` int32 `[B, K + N]`, the given frames' own ones first; and/or text.
             (A model without actions takes the number of frames from `actions` all the same.)
           rng: a key.
-          null: text to guide away from; see `start`.
 
         Returns:
           uint8 `[B, N, H, W, 3]`.
@@ -375,7 +373,7 @@ class Rollout(flax.struct.PyTreeNode):
         later = condition | {"actions": actions[:, given:]}
 
         slots = self.network.pattern.window or end
-        stream = rollout.start(params, codec.encode(context), first, slots, null)
+        stream = rollout.start(params, codec.encode(context), first, slots)
         noise = gaussian_noise(rng, stream.pending.shape)
         sigmas, last = self.sampler.of_chunks(chunks)
         _, out = rollout.unroll(params, stream, later, chunks, noise, sigmas, last)
@@ -475,7 +473,7 @@ def for_stage(
         raise UserError("the model's pattern has no window, which streaming in a cache needs")
     if config.stage == "bidirectional":
         raise UserError("a bidirectional model cannot stream; take one of stage 1, 2 or 3")
-    network = Network.create(config.model, config.pattern).rolled()
+    network = Network.create(config.model, config.pattern).without_unrolling()
     if config.stage == "ar_diffusion":
         if first_steps is not None:
             raise UserError("a teacher takes as many steps for the first chunk as for the others")

@@ -27,7 +27,6 @@ class Player:
       context: frames to start from, uint8 `[B, K, H, W, 3]`; K may be 0.
       condition: actions of these, int32 `[B, K]`, and/or text.
       rng: a key.
-      null: text to guide away from; see `Rollout.start`.
 
     Raises:
       ValueError: the pattern has no window.
@@ -40,12 +39,11 @@ class Player:
         context: np.ndarray,
         condition: Condition,
         rng: jax.Array,
-        null: Condition | None = None,
     ):
         self._rollout = rollout.after(context.shape[1])
         self._params = params = jax.tree.map(jnp.asarray, params)  # where they are NumPy's
         self._rng = rng
-        self._stream = _start(self._rollout, params, jnp.asarray(context), condition, null)
+        self._stream = _start(self._rollout, params, jnp.asarray(context), condition)
         if mesh.ambient() is None:
             # An empty cache depends on no parameter, so JAX leaves open where it lives. Saying so
             # now saves the second chunk from being compiled anew.
@@ -93,14 +91,8 @@ class Player:
 
 
 @jax.jit
-def _start(
-    rollout: Rollout,
-    params: Params,
-    context: jax.Array,
-    condition: Condition,
-    null: Condition | None,
-) -> Stream:
-    return rollout.start(params, codec.encode(context), condition, null=null)
+def _start(rollout: Rollout, params: Params, context: jax.Array, condition: Condition) -> Stream:
+    return rollout.start(params, codec.encode(context), condition)
 
 
 @functools.partial(jax.jit, donate_argnums=2)

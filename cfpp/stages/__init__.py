@@ -4,7 +4,7 @@ import importlib
 
 import ml_collections
 
-from cfpp.stages.stage import Stage, State
+from cfpp.stages.stage import Stage, State, check_choice
 
 STAGES = ("bidirectional", "ar_diffusion", "consistency", "ode", "dmd")
 
@@ -17,6 +17,5 @@ def build(config: ml_collections.ConfigDict) -> Stage:
     Raises:
       ValueError: there is no such stage.
     """
-    if config.stage not in STAGES:
-        raise ValueError(f"config.stage must be one of {', '.join(STAGES)}, got {config.stage!r}")
+    check_choice("config.stage", config.stage, STAGES)
     return importlib.import_module(f"cfpp.stages.{config.stage}").build(config)

@@ -24,7 +24,11 @@ from cfpp.stages.stage import (
 
 
 def build(config) -> Stage:
-    """Builds stage 1 from a config; `init_from.base` is the bidirectional model it starts from."""
+    """Builds stage 1 from a config; `init_from.base` is the bidirectional model it starts from.
+
+    Raises:
+      ValueError: a field is none of its choices, or out of range.
+    """
     network = Network.create(config.model, config.pattern)
     transform = optimizer(config.optimizer, config.steps)
 

@@ -27,6 +27,7 @@ from cfpp.stages.stage import (
     freeze,
     inherit,
     optimizer,
+    per_chunk,
     repeat_draws,
     start,
 )
@@ -94,7 +95,11 @@ def loss(
 
 
 def build(config) -> Stage:
-    """Builds stage 2 from a config; `init_from.teacher` is the stage-1 model."""
+    """Builds stage 2 from a config; `init_from.teacher` is the stage-1 model.
+
+    Raises:
+      ValueError: a field is none of its choices, or out of range.
+    """
     check_choice("solver", config.solver, flow.SOLVERS)
     check_choice("distance", config.distance, DISTANCES)
     check_choice("frozen_dtype", config.frozen_dtype, FLOATS)
@@ -112,11 +117,11 @@ def build(config) -> Stage:
         noise_rng, index_rng = jax.random.split(rng)
         x0 = repeat_draws(clean, config.draws)
         noise = jax.random.normal(noise_rng, x0.shape)
-        chunk = network.pattern.chunk_index(clean.shape[1])
-        index = jax.random.randint(
-            index_rng, (len(clean), config.draws, chunk[-1] + 1), 0, config.grid_steps
+        index = per_chunk(
+            lambda shape: jax.random.randint(index_rng, shape, 0, config.grid_steps),
+            network.pattern,
+            (len(clean), config.draws, clean.shape[1]),
         )
-        index = index[:, :, chunk].reshape(x0.shape[:2])
         teacher_params = state.frozen["teacher"]
 
         def mean_loss(params, inputs):

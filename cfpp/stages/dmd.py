@@ -156,7 +156,10 @@ def build(config) -> Stage:
     # Of scores and rollouts alike. What is replayed is what the rollout saw, so nothing is rounded.
     network = Network(network.dit.clone(cache_dtype=""), network.pattern).after(given)
     real_model = ml_collections.ConfigDict({**config.model, **config.real_model})
-    real_network = Network(Network.create(real_model, config.pattern).dit, network.pattern)
+    try:
+        real_network = Network(Network.create(real_model, config.pattern).dit, network.pattern)
+    except ValueError as error:
+        raise ValueError(f"with config.real_model, {error}") from error
     if config.real_model and not config.init_from.critic:
         raise ValueError(
             "init_from.critic is not set; a critic cannot start from a real score of another model"
@@ -175,10 +178,12 @@ def build(config) -> Stage:
         )
     chunks = len(ends)
     sampler = student_sampler(config)
-    rollout = Rollout(network.rolled(), sampler)
+    rollout = Rollout(network.without_unrolling(), sampler)
     student = Network(network.dit.clone(history_gradient=config.history_gradient), network.pattern)
     transform = optimizer(config.optimizer, config.steps)
-    critic_transform = optimizer(config.critic_optimizer, config.steps * config.critic_steps)
+    critic_transform = optimizer(
+        config.critic_optimizer, config.steps * config.critic_steps, "critic_optimizer"
+    )
     generated = jnp.arange(frames) >= given
 
     def init(rng, parents):

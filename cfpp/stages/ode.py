@@ -60,7 +60,11 @@ def loss(student: flow.Velocity, x: jax.Array, sigma: jax.Array, endpoint: jax.A
 
 
 def build(config) -> Stage:
-    """Builds stage 2' from a config; `init_from.teacher` is the stage-1 model."""
+    """Builds stage 2' from a config; `init_from.teacher` is the stage-1 model.
+
+    Raises:
+      ValueError: a field is none of its choices, or out of range.
+    """
     check_choice("solver", config.solver, flow.SOLVERS)
     check_choice("frozen_dtype", config.frozen_dtype, FLOATS)
     network = Network.create(config.model, config.pattern)

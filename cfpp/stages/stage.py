@@ -100,12 +100,22 @@ def freeze(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+def optimizer(
+    config: ml_collections.ConfigDict, steps: int, group: str = "optimizer"
+) -> optax.GradientTransformation:
     """The optimizer of `config.optimizer`: 'adamw' or 'muon', clipped, warmed up and decayed.
 
     Muon orthogonalises the updates of all matrices; Adam moves everything else, at `adam_rate` or,
     where the configuration has none, at `rate`. The cosine ends at the share `final_rate` of the
     peak or, without one, at 0.
+
+    Args:
+      config: the fields of `group`.
+      steps: updates in all.
+      group: what the configuration of the stage calls it.
+
+    Raises:
+      ValueError: a field is none of its choices.
     """
     final_rate, adam_rate = config.get("final_rate", 0.0), config.get("adam_rate", config.rate)
     rates = {
@@ -120,9 +130,9 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
             0.0, peak, config.warmup, max(steps, config.warmup + 1), final_rate * peak
         ),
     }
-    check_choice("optimizer.schedule", config.schedule, tuple(rates))
-    check_choice("optimizer.name", config.name, ("adamw", "muon"))
-    check_choice("optimizer.mu_dtype", config.mu_dtype, FLOATS)
+    check_choice(f"{group}.schedule", config.schedule, tuple(rates))
+    check_choice(f"{group}.name", config.name, ("adamw", "muon"))
+    check_choice(f"{group}.mu_dtype", config.mu_dtype, FLOATS)
     rate = rates[config.schedule]
     if config.name == "adamw":
         update = optax.adamw(
@@ -254,6 +264,23 @@ def descend(
     return state, metrics
 
 
+def per_chunk(
+    draw: Callable[[tuple[int, int, int]], jax.Array], pattern: Pattern, shape: tuple[int, int, int]
+) -> jax.Array:
+    """Random numbers of noisy draws, one for each chunk, which all its frames share.
+
+    Args:
+      draw: `(shape) -> array`, independent numbers.
+      shape: (batch, draws, frames).
+
+    Returns:
+      `[batch, draws * frames]`.
+    """
+    batch, draws, frames = shape
+    chunk = pattern.chunk_index(frames)
+    return draw((batch, draws, chunk[-1] + 1))[:, :, chunk].reshape(batch, draws * frames)
+
+
 def draw_sigma(
     rng: jax.Array, pattern: Pattern, shape: tuple[int, int, int], s: float
 ) -> jax.Array:
@@ -265,10 +292,7 @@ def draw_sigma(
     Returns:
       float32 `[batch, draws * frames]`.
     """
-    batch, draws, frames = shape
-    chunk = pattern.chunk_index(frames)
-    uniform = jax.random.uniform(rng, (batch, draws, chunk[-1] + 1))
-    return flow.shift(uniform[:, :, chunk], s).reshape(batch, draws * frames)
+    return flow.shift(per_chunk(lambda shape: jax.random.uniform(rng, shape), pattern, shape), s)
 
 
 def repeat_draws(x: jax.Array, draws: int) -> jax.Array:

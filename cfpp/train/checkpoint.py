@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import itertools
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -249,15 +250,7 @@ def load_model(
       UserError: nothing is there, or it is damaged.
     """
     folder, config = find_model(path)
-    if (folder / MODEL).exists():
-        try:
-            return config, _read_model(folder, sharding)
-        except DamageError as error:
-            raise UserError(f"{folder} is damaged ({error}); export it again") from error
-    _, params = _newest_intact(
-        folder / "checkpoints", functools.partial(_read_model, sharding=sharding)
-    )
-    return config, params
+    return config, _read_stored(folder, functools.partial(_read_model, sharding=sharding))
 
 
 def find_model(path: epath.PathLike) -> tuple[epath.Path, ml_collections.ConfigDict]:
@@ -281,16 +274,12 @@ def find_model(path: epath.PathLike) -> tuple[epath.Path, ml_collections.ConfigD
 
 def model_shapes(path: epath.PathLike) -> Tree:
     """What `load_model` would load, as `jax.ShapeDtypeStruct`s."""
-    folder, _ = find_model(path)
-    if (folder / MODEL).exists():
-        with _damage():
-            return _shapes(folder / MODEL)
 
     def read(path):
         with _damage():
             return _shapes(path / MODEL)
 
-    return _newest_intact(folder / "checkpoints", read)[1]
+    return _read_stored(find_model(path)[0], read)
 
 
 def export(path: epath.PathLike, out: epath.PathLike) -> None:
@@ -362,6 +351,20 @@ def _read_model(folder: epath.Path, sharding: Tree = None) -> Tree:
     return restored[MODEL]
 
 
+def _read_stored(folder: epath.Path, read: Callable[[epath.Path], Tree]) -> Tree:
+    """What `read` makes of an export, or of a working directory's newest intact checkpoint.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    if not (folder / MODEL).exists():
+        return _newest_intact(folder / "checkpoints", read)[1]
+    try:
+        return read(folder)
+    except DamageError as error:
+        raise UserError(f"{folder} is damaged ({error}); export it again") from error
+
+
 def _newest_intact(
     directory: epath.Path, read: Callable[[epath.Path], Tree]
 ) -> tuple[int, Tree] | None:
@@ -389,7 +392,7 @@ def _newest_intact(
 
 def _put_aside(path: epath.Path) -> None:
     """Renames a damaged checkpoint, so that its step can be saved again and nothing is lost."""
-    for number in range(1, 1000):
+    for number in itertools.count(1):
         aside = path.parent / f"damaged_{path.name}_{number}"
         if not aside.exists():
             path.rename(aside)

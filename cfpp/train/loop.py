@@ -220,19 +220,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
             wanted = f"at least {low}" if fields[name] < low else f"from {low} to {high}"
             raise UserError(f"config.{name} is {fields[name]}; it must be {wanted}")
     for name in ("height", "width", "num_actions"):
-        if name in config.model and config.model[name] != config.data[name]:
+        if config.model[name] != config.data[name]:
             raise UserError(
                 f"config.model.{name} is {config.model[name]} and config.data.{name} is "
                 f"{config.data[name]}; they must be the same"
             )
+    chunk, window, sink = config.pattern.chunk, config.pattern.window, config.pattern.sink
     is_causal = config.stage != "bidirectional"
-    if is_causal and fields.get("sample_every") and fields.get("pattern.window", 0) is None:
+    if is_causal and config.sample_every and window is None:
         raise UserError(
             "config.pattern.window is None, but sample videos are streamed in a window; give one, "
             "or set config.sample_every=0"
         )
-    chunk, sink = fields.get("pattern.chunk", 1), fields.get("pattern.sink", 0)
-    window = fields.get("pattern.window")
     if is_causal and None not in (window, chunk) and window <= sink + chunk:
         raise UserError(
             f"config.pattern.window is {window}: with a sink of {sink} and chunks of {chunk} "
@@ -250,12 +249,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "model.text_dim": 0,
         "model.channels": 3,
     }.items():
-        if config.data.name and fields.get(name, value) != value:
+        if config.data.name and fields[name] != value:
             raise UserError(
                 f"config.{name} is {fields[name]}, but {config.data.name} gives RGB pixels and no "
                 f"text; it must be {value}"
             )
-    is_recorded = not config.data.name.startswith("tfds:") and "episode_frames" in config.data
+    is_recorded = not config.data.name.startswith("tfds:")
     if is_recorded and config.data.frames > config.data.episode_frames:
         raise UserError(
             f"config.data.frames is {config.data.frames}, but episodes have "
@@ -368,7 +367,10 @@ def check_parents(
             logging.warning(
                 "%s is a model of stage %s; stage %s starts from one of %s, and from another only "
                 "to see what comes of it",
-                *(where, parent.stage, config.stage, " or ".join(usual)),
+                where,
+                parent.stage,
+                config.stage,
+                " or ".join(usual),
             )
         if role == stage.guided and config.guidance != 1.0 and is_untaught(parent):
             raise UserError(

@@ -163,7 +163,7 @@ class Progress:
         line = f"{self.name}: step {step}/{self._steps}"
         if self._rate is not None:
             left = (self._steps - step) / self._rate
-            line += f", loss {self._loss:.4g}, {self._rate:.3g} steps/s, {_duration(left)} left"
+            line += f", loss {self._loss:.4g}, {self._rate:.3g} steps/s, {duration(left)} left"
         return line
 
     def _rewrite(self, line: str) -> None:
@@ -172,7 +172,8 @@ class Progress:
         self._width = len(line)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Minutes and seconds, as 2:03, or hours, as 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -54,7 +54,7 @@ def draw(
     context, condition = clips["video"][:, :1], {"actions": np.asarray(clips["actions"])}
     rng = jax.random.key(config.seed)
     if config.stage == "bidirectional":
-        network = Network.create(config.model, config.pattern).rolled()
+        network = Network.create(config.model, config.pattern).without_unrolling()
         sampler = generate.euler(BASE_STEPS, config.shift)
         video = generate.bidirectional_clip(network, state.ema, context, condition, rng, sampler)
     else:

@@ -5,7 +5,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -21,9 +21,9 @@ from cfpp.parallel import hosts
 # of the mesh, by the order of sums alone.
 # `steps` may grow, but not in a job of several stages: others have started from this one.
 OPERATIONAL = (
-    *("log_every", "save_every", "sample_every", "keep", "data.workers"),
-    *("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor"),
-)
+    "log_every", "save_every", "sample_every", "keep", "data.workers",
+    "mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor",
+)  # fmt: skip
 
 FAULTS_OF_THE_DISK = {
     errno.EACCES: "permission denied",
@@ -175,10 +175,17 @@ def resolve(config: ml_collections.ConfigDict, folder: epath.PathLike) -> ml_col
             return path
         return os.fspath(paths.absolute(os.path.join(folder, path)))
 
+    return map_paths(from_folder, config)
+
+
+def map_paths(
+    function: Callable[[str], str], config: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
+    """A stage's configuration, locked, with `function` of each path in it."""
     config = config.copy_and_resolve_references().unlock()
-    config.data.directory = from_folder(config.data.directory)
+    config.data.directory = function(config.data.directory)
     for role, path in config.init_from.items():
-        config.init_from[role] = from_folder(path)
+        config.init_from[role] = function(path)
     return config.lock()
 
 

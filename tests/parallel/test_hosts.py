@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent import futures
 
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
@@ -189,6 +190,22 @@ def test_processes_that_count_differently(address):
     first, second = faults((address, 2, 0), (address, 3, 1))
     assert first.startswith("process 1 counts 3 processes, process 0 counts 2; start all with")
     assert second == "process 1 counts 3 processes, process 0 counts 2"
+
+
+@pytest.mark.parametrize("line", [b"GET / HTTP/1.1\r\n", b"\xff\xfe 2\n", b""])
+def test_who_is_no_process_of_the_job_is_passed_over(address, line):
+    """Ports are scanned."""
+    host, _, port = address.rpartition(":")
+    with futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(fault, address, 2, 0)
+        while (stranger := socket.socket()).connect_ex((host, int(port))):
+            stranger.close()  # process 0 does not listen yet
+        with stranger:
+            stranger.sendall(line)
+            stranger.shutdown(socket.SHUT_WR)
+            assert stranger.recv(1) == b""
+        assert fault(address, 3, 1) == "process 1 counts 3 processes, process 0 counts 2"
+        assert first.result().startswith("process 1 counts 3 processes, process 0 counts 2")
 
 
 def test_two_processes_with_one_number(address):

@@ -54,7 +54,7 @@ def train(world: World, config, parents, size: int, seed: int = 0):
 
 def rollouts(config, params, sampler, actions, size: int, seed: int = 0) -> np.ndarray:
     """Clips `[size, F, D]` that the network rolls out from noise, all with the same actions."""
-    network = Network.create(config.model, config.pattern).rolled()
+    network = Network.create(config.model, config.pattern).without_unrolling()
     rollout = generate.Rollout(network, sampler)
     frames = len(actions)
     condition = {"actions": jnp.tile(np.asarray(actions), (size, 1))}

@@ -17,29 +17,17 @@ from cfpp.errors import exit_on_user_error
 from cfpp.parallel import hosts
 from cfpp.stages import Stage, State
 from cfpp.train import shapes
+from configs import common
 
 
 def config(**changes) -> ml_collections.ConfigDict:
-    fields = ml_collections.ConfigDict(
-        {
-            "stage": "fake",
-            "seed": 0,
-            "steps": 12,
-            "batch_size": 4,
-            "accumulate": 1,
-            "log_every": 2,
-            "save_every": 4,
-            "sample_every": 0,
-            "keep": 2,
-            "data": {"name": "tfds:fake", "directory": "", "sizes": (1, 2)},
-            "model": {"dim": 8},
-            "pattern": {"chunk": 1},
-            "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1},
-            "init_from": {},
-            "bad_loss_at": -1,  # the step whose loss is not a number
-            "bad_state_at": -1,  # the step that ruins the state, though its loss is fine
-        }
-    )
+    fields = common.base("fake", common.parse("arena"))
+    fields.update({"steps": 12, "batch_size": 4, "log_every": 2, "save_every": 4})
+    fields.sample_every = 0
+    fields.data.update({"name": "tfds:fake", "sizes": (1, 2)})
+    fields.model.dim = 8
+    fields.bad_loss_at = -1  # the step whose loss is not a number
+    fields.bad_state_at = -1  # the step that ruins the state, though its loss is fine
     fields.update(changes)
     return fields.lock()
 

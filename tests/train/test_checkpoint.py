@@ -200,6 +200,9 @@ def test_export_overwrites_nothing_and_damage_is_told(trained, tmp_path):
     flip_a_bit(largest_file(out / "model"))
     with pytest.raises(UserError, match=r"is damaged .*; export it again"):
         checkpoint.load_model(out)
+    (out / "model/_METADATA").unlink()
+    with pytest.raises(UserError, match=r"is damaged .*; export it again"):
+        checkpoint.model_shapes(out)
 
 
 def test_a_job_of_several_stages_stands_for_its_last(trained, tmp_path):
