@@ -1,5 +1,6 @@
 """Tests compile many small programs and run each for a moment: compile fast, run slow."""
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -17,6 +18,21 @@ os.environ.setdefault("NPROC", "16")
 jax.config.update("jax_disable_most_optimizations", True)
 # XLA's newer emitters of fusions for the CPU take half of the time that programs of tests compile.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
+# Tracing makes objects by the million, and hardly a cycle that would have to be collected.
+gc.set_threshold(100_000, 50, 50)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays."""
+    gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no worker goes on long after the others have ended."""
+    seconds = lambda item: sum(sum(mark.args) for mark in item.iter_markers("slow"))
+    items.sort(key=lambda item: -seconds(item))
+
 
 # The TPU's compiler where `make test` puts it, for a plain `pytest` and the processes that tests
 # start. Whatever finds it there looks for TPUs first, unless it is told not to.

@@ -60,7 +60,6 @@ VARIANTS = {
     ),
     "ode": ("ode", "", {"guidance": 2.0}),
     "dmd-causal-chunk": ("dmd", "chunk=3", {"first_positions": (1000.0, 750.0, 500.0)}),
-    "dmd-bidirectional": ("dmd", "", {"real_score": "bidirectional", "guidance": 2.0}),
 }  # fmt: skip
 
 
@@ -91,10 +90,8 @@ def test_contract(variant):
         ):
             assert old.dtype == new.dtype and old.shape == new.shape
     for network in state.params:
-        moved = jax.tree.map(
-            lambda a, b: bool(jnp.any(a != b)), before.params[network], state.params[network]
-        )
-        assert moved["head"]["kernel"], f"{network} did not move"
+        heads = (np.asarray(each.params[network]["head"]["kernel"]) for each in (before, state))
+        assert not np.array_equal(*heads), f"{network} did not move"
 
 
 @pytest.mark.parametrize(
@@ -153,15 +150,6 @@ def test_the_rate_rises_to_its_peak_during_the_warmup(schedule, warmup):
         updates.append(-float(update))
     rising = [0.125 * step / warmup for step in range(warmup)]
     np.testing.assert_allclose(updates, [*rising, 0.125, 0.125], rtol=1e-5)
-
-
-def test_stage_3_trains_without_rounding_what_it_replays():
-    config = tiny_config("dmd")
-    config.model.cache_dtype = "int8"
-    stage = stages.build(config)
-    state = nn.meta.unbox(jax.eval_shape(stage.init, jax.random.key(0), parents(config, stage)))
-    program = str(jax.make_jaxpr(stage.step)(state, batch(config), jax.random.key(0)))
-    assert ":f32[" in program and ":i8[" not in program
 
 
 def test_clips_of_floats_are_latents_already():
@@ -226,14 +214,18 @@ def test_dmd_gradient_leaves_out_frames_that_are_held():
 
 
 def test_stage_3_from_noise_with_a_longer_first_chunk():
-    """The first chunk is rolled out, scored and replayed as the one that it is."""
+    """The first chunk is rolled out, scored and replayed as the one that it is.
+
+    Without rounding what it replays, though the cache of the model's rollouts is of 8 bits.
+    """
     config = tiny_config("dmd", given=0, first_positions=(1000.0, 750.0, 500.0), critic_steps=1)
     config.data.frames = 5
     config.pattern.first_chunk = 3
-    config.model.layers = 1
+    config.model.update({"layers": 1, "cache_dtype": "int8"})
     stage = stages.build(config)
     state = nn.meta.unbox(jax.eval_shape(stage.init, jax.random.key(0), parents(config, stage)))
-    jax.eval_shape(stage.step, state, batch(config), jax.random.key(0))
+    program = str(jax.make_jaxpr(stage.step)(state, batch(config), jax.random.key(0)))
+    assert ":f32[" in program and ":i8[" not in program
     config.data.frames = 2
     with pytest.raises(ValueError, match="chunks of 1: the last one ends after frame 3"):
         stages.build(config)

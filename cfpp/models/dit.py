@@ -410,6 +410,8 @@ class DiT(nn.Module):
             in_axes=in_axes,
             length=self.layers,
             unroll=self.unroll,
+            # It traces a layer once more; left out of `init` too, the parameters would be others.
+            check_constancy_invariants=self.is_initializing(),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
 

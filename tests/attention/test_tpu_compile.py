@@ -75,13 +75,12 @@ def gradients(mask):
         ("v5e:2x2", 12, 21, 1560, 128),  # Wan 2.1 1.3B
         ("v5p:2x2x1", 12, 21, 1560, 128),
         ("v6e:2x2", 12, 21, 1560, 128),
-        ("v5p:2x2x1", 40, 21, 1560, 128),  # 14B
-        ("tpu7x:2x2x1", 40, 21, 1560, 128),
+        ("tpu7x:2x2x1", 40, 21, 1560, 128),  # 14B
         ("v5e:2x2", 8, 4, 24, 24),  # several frames a block, masked inside
         ("v6e:2x2", 8, 4, 256, 64),  # heads of other sizes
         ("v5p:2x2x1", 8, 4, 40, 80),
         ("tpu7x:2x2x1", 8, 4, 40, 96),
-        ("v5e:2x2", 8, 4, 3607, 128),  # blocks that do not fill a frame
+        ("v5e:2x2", 8, 4, 1667, 128),  # blocks that do not fill a frame
     ],
 )
 def test_training_compiles(name, heads, frames, tokens, head_dim):
@@ -96,17 +95,12 @@ def test_training_compiles(name, heads, frames, tokens, head_dim):
 @pytest.mark.parametrize(
     ("name", "heads", "queries", "tokens", "head_dim", "dtype"),
     [
-        (*case, 1560, 128, dtype)
-        for *case, eight_bits in [
-            ("v5e:2x2", 12, 2, "float8_e4m3fn"),
-            ("v5p:2x2x1", 40, 1, "int8"),
-            ("v6e:2x2", 12, 1, "int8"),
-            ("tpu7x:2x2x1", 40, 1, "float8_e4m3fn"),
-        ]
-        for dtype in ("bfloat16", eight_bits)
-    ]
-    + [
-        ("v5e:2x2", 12, 1, 3607, 128, "int8"),
+        ("v5e:2x2", 12, 2, 1560, 128, "bfloat16"),  # Wan 2.1 1.3B
+        ("v5e:2x2", 12, 2, 1560, 128, "float8_e4m3fn"),
+        ("v5p:2x2x1", 40, 1, 1560, 128, "int8"),  # 14B
+        ("v6e:2x2", 12, 1, 1560, 128, "int8"),
+        ("tpu7x:2x2x1", 40, 1, 1560, 128, "float8_e4m3fn"),
+        ("v5e:2x2", 12, 1, 1667, 128, "int8"),
         ("v5e:2x2", 8, 1, 256, 64, "int8"),
         ("v6e:2x2", 8, 1, 256, 96, "float8_e4m3fn"),
         ("v5p:2x2x1", 8, 2, 256, 24, "bfloat16"),

@@ -16,9 +16,11 @@ from cfpp.data import sources
 from cfpp.errors import UserError
 from cfpp.evaluate import __main__ as command_line
 from cfpp.evaluate import job, measure, metrics, models, probe, report, table
+from cfpp.models.network import Network
 from cfpp.train import checkpoint
 from cfpp.train import workdir as workdirs
 from configs import common, quickstart, stage1, stage2
+from tests import tiny
 
 SETTINGS = dict(episodes=6, frames=4, starts=2, samples=8, probe_steps=2)
 STAGES = ("bidirectional", "ar_diffusion", "dmd")
@@ -215,17 +217,12 @@ def test_report_that_cannot_be_written(workdir, monkeypatch):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_models_generate(stage, monkeypatch):
-    from flax import linen as nn
-
-    from cfpp.models.network import Network
-
     config = common.base(stage, common.parse("smoke"))
     config.model.update(
         {"dim": 32, "ffn_dim": 32, "heads": 1, "layers": 1, "height": 16, "width": 16}
     )
     config.data.frames = 3
-    network = Network.create(config.model, config.pattern)
-    params = nn.meta.unbox(network.init(jax.random.key(0)))
+    params = tiny.params(Network.create(config.model, config.pattern))
     monkeypatch.setattr(checkpoint, "load_model", lambda path: (config, params))
     job = ml_collections.ConfigDict({"stage": stage})
     row = models.find_rows({pathlib.Path("first"): job, pathlib.Path("last"): job})[-1]

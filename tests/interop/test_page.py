@@ -1,6 +1,7 @@
 """The tables of docs/method.md say what to call for each quantity, and it can be called."""
 
 import dataclasses
+import functools
 import pathlib
 import re
 
@@ -23,6 +24,7 @@ LINES = re.findall(r"^\| ([^|]+) \| `([^`]+)` \|$", SECTION, re.MULTILINE)
 FRAMES, CHUNKS = 6, 2
 
 
+@functools.cache
 def names():
     """What the expressions speak of: a tiny network and arrays."""
     sizes = dict(num_actions=0, text_dim=5, patch=2, layers=1)
@@ -58,7 +60,7 @@ def test_the_page_has_its_tables():
 @pytest.mark.parametrize(("quantity", "expression"), LINES, ids=[name for name, _ in LINES])
 def test_it_can_be_called(quantity, expression):
     """Traced, not run: what it returns is tested elsewhere."""
-    found = []
-    jax.eval_shape(lambda: found.append(eval(expression, names())))
+    found, known = [], dict(names())
+    jax.eval_shape(lambda: found.append(eval(expression, known)))
     if "loss" in expression:
         assert found[0].shape == (2, FRAMES)

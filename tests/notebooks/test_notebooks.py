@@ -28,7 +28,7 @@ def notebook(path):
     return nbformat.read(path, as_version=4)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(100)
 def test_runs_from_top_to_bottom(notebook, path, monkeypatch, tmp_path):
     if path.stem == "pods_without_a_pod":
         pytest.importorskip("libtpu")

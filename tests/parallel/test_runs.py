@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(200)
 
 
 def results(out, *command):

@@ -1,6 +1,10 @@
-"""The library's DiT trained through its stages on clips of the linear-Gaussian world."""
+"""The library's DiT trained through its stages on clips of the linear-Gaussian world.
+
+python -m tests.proof.networks OUT    # writes `recipe` of a world of one pixel to OUT, .npz
+"""
 
 import importlib
+import sys
 
 import flax.linen as nn
 import jax
@@ -14,7 +18,7 @@ from cfpp.models.network import Network
 from cfpp.rollout import generate
 from cfpp.stages import ode
 from configs import common
-from tests.proof.experiments import FRAMES, batch
+from tests.proof.experiments import ACTIONS, FRAMES, batch
 
 JOBS = {"ar_diffusion": "stage1", "consistency": "stage2", "ode": "stage2_ode", "dmd": "stage3"}
 
@@ -55,21 +59,21 @@ def train(world: World, config, parents, size: int, seed: int = 0):
 def rollouts(config, params, sampler, actions, size: int, seed: int = 0) -> np.ndarray:
     """Clips `[size, F, D]` that the network rolls out from noise, all with the same actions."""
     network = Network.create(config.model, config.pattern).without_unrolling()
-    rollout = generate.Rollout(network, sampler)
-    frames = len(actions)
-    condition = {"actions": jnp.tile(np.asarray(actions), (size, 1))}
+    actions = jnp.tile(np.asarray(actions), (size, 1))
+    clips = rolled_out(generate.Rollout(network, sampler), params, actions, jax.random.key(seed))
+    return np.asarray(clips).reshape(*actions.shape, -1)
 
-    @jax.jit
-    def run(params, rng):
-        dit = network.dit
-        empty = jnp.zeros((size, 0, dit.height, dit.width, dit.channels))
-        nothing = {"actions": condition["actions"][:, :0]}
-        stream = rollout.start(params, empty, nothing, frames)
-        noise = generate.gaussian_noise(rng, stream.pending.shape)
-        sigmas, last = sampler.of_chunks(frames)
-        return rollout.unroll(params, stream, condition, frames, noise, sigmas, last)[1].x0
 
-    return np.asarray(run(params, jax.random.key(seed))).reshape(size, frames, -1)
+@jax.jit
+def rolled_out(rollout: generate.Rollout, params, actions: jax.Array, rng: jax.Array) -> jax.Array:
+    """Clips from noise, `[size, F, H, W, C]`; samplers of one kind share what is compiled."""
+    dit, (size, frames) = rollout.network.dit, actions.shape
+    empty = jnp.zeros((size, 0, dit.height, dit.width, dit.channels))
+    stream = rollout.start(params, empty, {"actions": actions[:, :0]}, frames)
+    noise = generate.gaussian_noise(rng, stream.pending.shape)
+    sigmas, last = rollout.sampler.of_chunks(frames)
+    condition = {"actions": actions}
+    return rollout.unroll(params, stream, condition, frames, noise, sigmas, last)[1].x0
 
 
 def deviations(clips: np.ndarray, law) -> dict[str, np.ndarray]:
@@ -132,3 +136,7 @@ def recipe(world: World, actions, size: int = 64, clips: int = 8192) -> dict[str
         for name, params in trained.items()
         for steps, sampler in samplers[name].items()
     }
+
+
+if __name__ == "__main__":
+    np.savez(sys.argv[1], **recipe(linear_gaussian.example(pixels=1), ACTIONS))

@@ -19,7 +19,7 @@ VARIANTS = {
     "ar_diffusion": {"draws": 2, "drop_rate": 0.5},
     "consistency": {"guidance": 2.0, "draws": 2},
     "ode": {"grid_steps": 4},
-    "dmd": {"critic_steps": 1, "real_score": "bidirectional"},
+    "dmd": {"critic_steps": 1, "real_score": "bidirectional", "guidance": 2.0},
 }
 
 

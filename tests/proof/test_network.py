@@ -5,6 +5,11 @@ Stated beforehand: of every frame, the mean within 0.1 standard deviations, the 
 teacher is held to what Euler's method makes of the exact teacher, the students to the truth.
 """
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,15 +21,8 @@ from cfpp.stages import ode
 from tests.proof import experiments, networks
 from tests.proof.experiments import ACTIONS
 
+ROOT = pathlib.Path(__file__).parent.parent.parent
 WORLD = linear_gaussian.example(pixels=1)
-
-
-@pytest.fixture
-def optimised():
-    """Programs that run for minutes are worth compiling well."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def test_law_of_a_solver():
@@ -42,13 +40,17 @@ def test_law_of_a_solver():
         experiments.has_law(clips, law)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("optimised")
-def test_recipe_matches_the_law_of_every_frame():
+@pytest.mark.slow(250)
+def test_recipe_matches_the_law_of_every_frame(tmp_path):
+    """In a process whose programs are compiled well, as they run for minutes, and by one thread."""
+    flags = os.environ["XLA_FLAGS"] + " --xla_backend_optimization_level=1"
+    environment = os.environ | {"NPROC": "1", "XLA_FLAGS": flags}
+    command = [sys.executable, "-m", "tests.proof.networks", tmp_path / "clips.npz"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
     with jax.enable_x64(True):
         true = jax.tree.map(np.asarray, WORLD.law(ACTIONS))
         euler = jax.tree.map(np.asarray, networks.solved(WORLD, ACTIONS, flow.grid(48, 1.0)))
-    for name, clips in networks.recipe(WORLD, ACTIONS).items():
+    for name, clips in np.load(tmp_path / "clips.npz").items():
         off = networks.deviations(clips, euler if name.startswith("teacher") else true)
         assert off["mean"].max() < 0.1, f"{name}: means off by {off['mean'].round(3)}"
         assert off["covariance"].max() < 0.1, f"{name}: {off['covariance'].round(3)}"
