@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfpp.attention import dispatch, pallas_gpu, pallas_tpu, reference, schedule, xla
-from cfpp.attention.cache import LARGEST, Cache, Quantised
+from cfpp.attention.cache import LARGEST_VALUES, Cache, Quantised
 from cfpp.attention.pattern import Pattern
 from cfpp.rollout.generate import Rollout, consistency
 from tests import tiny
@@ -25,13 +25,13 @@ IMPLEMENTATIONS = {
 
 def allowed(x, dtype):
     """The largest error of each entry, as `cfpp.attention.cache` states it."""
-    scale = np.abs(x).max(-1, keepdims=True) / LARGEST[dtype]
+    scale = np.abs(x).max(-1, keepdims=True) / LARGEST_VALUES[dtype]
     rounding = scale / 2 if dtype == "int8" else np.maximum(np.abs(x) / 2**4, scale / 2**10)
     return rounding * (1 + 1e-5)  # the scale is rounded to float32, and so is the product
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.sampled_from(sorted(LARGEST)), st.integers(-30, 30), st.integers(0, 2**16))
+@given(st.sampled_from(sorted(LARGEST_VALUES)), st.integers(-30, 30), st.integers(0, 2**16))
 def test_rounding_is_within_what_is_stated(dtype, exponent, seed):
     """At any size of numbers, and with a wide spread of them within a token."""
     rng = np.random.default_rng(seed)
@@ -48,7 +48,7 @@ def test_rounding_is_within_what_is_stated(dtype, exponent, seed):
     np.testing.assert_allclose(kept, whole, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", sorted(LARGEST))
+@pytest.mark.parametrize("dtype", sorted(LARGEST_VALUES))
 def test_attention_is_within_what_is_stated(dtype):
     """Outputs and logsumexp against those of the keys and values before they were rounded."""
     mask = np.ones((2, 3), bool)
@@ -67,7 +67,7 @@ def test_attention_is_within_what_is_stated(dtype):
     assert np.abs(out - exact).max() > 1e-4  # there is an error to bound
 
 
-@pytest.mark.parametrize("dtype", sorted(LARGEST))
+@pytest.mark.parametrize("dtype", sorted(LARGEST_VALUES))
 @pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_implementations_read_the_same_numbers(name, dtype, tokens):
@@ -86,7 +86,7 @@ def test_implementations_read_the_same_numbers(name, dtype, tokens):
     assert compare.error(logsumexp, expected_logsumexp) < 2e-6
 
 
-@pytest.mark.parametrize("dtype", sorted(LARGEST))
+@pytest.mark.parametrize("dtype", sorted(LARGEST_VALUES))
 def test_frames_are_rounded_as_they_are_written(dtype):
     """A slot holds what its frame rounds to; other slots keep theirs, bit by bit."""
     draw = lambda seed: jax.random.normal(jax.random.key(seed), (2, 1, 2, 1, 5, 8))
