@@ -139,9 +139,9 @@ def _absolute(config: Config, inside: bool = False) -> Config:
     from cfpp.train import workdir as workdirs
 
     def absolute(path: str) -> str:
-        if not path or (inside and path.startswith("..")):
+        if not path or paths.is_remote(path) or (inside and path.startswith("..")):
             return path
-        return os.fspath(paths.absolute(os.path.expanduser(path)))
+        return os.path.abspath(os.path.expanduser(path))
 
     return workdirs.map_paths(absolute, config)
 
