@@ -35,9 +35,7 @@ lint: $(TESTABLE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Python compiles modules when they are first imported; pip would compile the many that never are.
-PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check \
-  --constraint constraints.txt
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST = PYTHONPATH=$(CURDIR)/$(LIBTPU) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --durations=10
 
 # The TPU's compiler works without a TPU. It has a place of its own, for tests: where JAX finds it,
