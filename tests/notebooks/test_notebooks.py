@@ -35,7 +35,6 @@ def test_runs_from_top_to_bottom(notebook, path, monkeypatch, tmp_path):
     monkeypatch.setenv("SMOKE", "1")
     monkeypatch.setenv("WORKDIR", str(tmp_path / "run"))
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles faster
-    monkeypatch.setenv("NPROC", "1")  # streams of tiny operations, which 16 threads only slow down
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     client = nbclient.NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
