@@ -26,7 +26,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from cfpp import command_line
-from cfpp.errors import UserError, exit_on_user_error
+from cfpp.errors import UserError, exit_on_user_error, first_line
 from cfpp.parallel import topology
 
 topology.prepare_environment()
@@ -298,8 +298,8 @@ def run(config: Config, name: str, sizes: str | None, sweep: bool, out: str | No
             if not sweep:
                 raise
             # One mesh must not lose what the others took hours for.
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            report = Report(dict(config.mesh), topology.chip(name).memory, error=line)
+            memory = topology.chip(name).memory
+            report = Report(dict(config.mesh), memory, error=first_line(error))
         reports.append(report)
         print(show(report), flush=True)
         if not report.fits and not report.error:

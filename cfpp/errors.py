@@ -19,6 +19,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextlib.contextmanager
 def exit_on_user_error(interrupted: str = "interrupted") -> Iterator[None]:
     """Turns a `UserError` into one line on stderr and exit code 2, without a traceback.

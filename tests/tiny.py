@@ -26,11 +26,11 @@ def params(net: Network, seed: int = 0):
     """Random values in every parameter: zeros and ones would hide mistakes."""
     # Shapes do not depend on these, and are found once for networks that differ in no more.
     same = dict(attention="reference", remat="none", unroll=1, cache_dtype="", dtype="float32")
-    return params_like(shapes(net.dit.clone(**same, history_gradient="none")), seed)
+    return params_like(_shapes(net.dit.clone(**same, history_gradient="none")), seed)
 
 
 @functools.cache
-def shapes(dit: DiT):
+def _shapes(dit: DiT):
     return nn.meta.unbox(Network(dit, Pattern()).shapes())
 
 

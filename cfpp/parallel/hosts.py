@@ -158,7 +158,7 @@ def _call_roll(address: tuple[str, int], count: int, timeout: float) -> dict[int
                 missing = ", ".join(str(i) for i in range(1, count) if i not in present)
                 fault = f"of {count} processes, {missing} did not come within {timeout:g} s"
                 break
-            words = _receive(connection, 10.0).split()
+            words = _receive(connection, 10.0).split()  # a process of the job speaks at once
             if len(words) != 2 or not all(word.isdecimal() for word in words):
                 connection.close()  # gone again, or no process of a job
                 continue

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cfpp.errors import UserError
+from cfpp.errors import UserError, first_line
 
 GIB = 2**30
 
@@ -112,4 +112,4 @@ def devices(topology: str) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except JaxRuntimeError as error:
-        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--topology={topology}: {first_line(error)}") from error

@@ -33,7 +33,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from cfpp import paths
-from cfpp.errors import UserError
+from cfpp.errors import UserError, first_line
 from cfpp.parallel import hosts
 from cfpp.train import shapes
 from cfpp.train import workdir as workdirs
@@ -423,7 +423,8 @@ def _damage(together: bool = False) -> Iterator[None]:
     if together and not _everywhere(cause is None):
         cause = cause or DamageError("another process cannot read its part")
     if cause:
-        raise DamageError(_first_line(cause)) from cause
+        line = first_line(cause)
+        raise DamageError(line if len(line) < 160 else line[:157] + "...") from cause
 
 
 def _check_room(directory: epath.Path, tree: Tree) -> None:
@@ -452,11 +453,6 @@ def _saving(directory: epath.Path) -> Iterator[None]:
             f"cannot save a checkpoint in {directory}: {reason}{last}; mend that, then run the "
             "same command again"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) < 160 else line[:157] + "..."
 
 
 def _without_ema(state: Tree) -> dict[str, Tree]:
