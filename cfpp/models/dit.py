@@ -32,10 +32,6 @@ HISTORY_GRADIENTS = ("none", "straight_through")
 
 REMAT = ("none", "full", "save_attention", "offload")
 
-# Where layers start. Muon's updates are all of one size, and find their way faster from kernels a
-# quarter of what would keep the variance of activations (docs/quickstart.md).
-SMALL = nn.initializers.normal(0.02)
-
 ACTIVATIONS = ("batch", None, "tokens", None)  # logical axes of [B, E, T, dim]
 
 
@@ -88,8 +84,9 @@ def _product(axes, x, kernel, dimensions, **kwargs):
     return (flat @ kernel).reshape(*x.shape[:-1], -1)
 
 
-def dense(features: int, axes: tuple[str, str], dtype, name: str, init=SMALL) -> nn.Dense:
+def dense(features: int, axes: tuple[str, str], dtype, name: str, init=None) -> nn.Dense:
     """A linear layer whose parameters carry logical axis names."""
+    init = init or nn.initializers.lecun_normal()
     return nn.Dense(
         features,
         dtype=dtype,
@@ -374,7 +371,10 @@ class DiT(nn.Module):
             self.action = nn.Embed(
                 self.num_actions + 1,  # the last one is "no action", for guidance
                 self.dim,
-                embedding_init=nn.with_logical_partitioning(SMALL, ("actions", None)),
+                # Small: it is added to the time's, which it would drown (docs/quickstart.md).
+                embedding_init=nn.with_logical_partitioning(
+                    nn.initializers.normal(0.02), ("actions", None)
+                ),
             )
         if self.text_dim:
             self.text_in = dense(self.dim, ("text", "embed"), dtype, "text_in")
