@@ -5,12 +5,14 @@ import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 import pytest
 
 from cfpp import evaluate, main, stages
 from cfpp.data import pipeline
 from cfpp.errors import UserError
+from cfpp.models.dit import sinusoid
 from cfpp.models.network import Network
 from cfpp.rollout import generate
 from cfpp.train import loop
@@ -27,6 +29,20 @@ def config_of(stage, arg):
 def count(model, pattern):
     shapes = jax.eval_shape(Network.create(model, pattern).init, jax.random.key(0))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def test_actions_do_not_drown_the_noise_level():
+    """At first; their embeddings are added to the time's."""
+    config = config_of("stage1", "arena")
+    network = Network.create(config.model, config.pattern)
+    params = nn.meta.unbox(jax.jit(network.init)(jax.random.key(0)))
+
+    def embed(dit, sigma):
+        return dit.time_out(nn.silu(dit.time_in(sinusoid(1000 * sigma, dit.frequency_dim))))
+
+    time = network.dit.apply({"params": params}, jnp.linspace(0, 1, 13), method=embed)
+    actions = params["action"]["embedding"]
+    assert 4 * actions.std(0).mean() < time.std(0).mean()
 
 
 @pytest.mark.parametrize("stage", STAGES)
