@@ -12,7 +12,6 @@ import pytest
 from cfpp import evaluate, main, stages
 from cfpp.data import pipeline
 from cfpp.errors import UserError
-from cfpp.models.dit import sinusoid
 from cfpp.models.network import Network
 from cfpp.rollout import generate
 from cfpp.train import loop
@@ -36,11 +35,8 @@ def test_actions_do_not_drown_the_noise_level():
     config = config_of("stage1", "arena")
     network = Network.create(config.model, config.pattern)
     params = nn.meta.unbox(jax.jit(network.init)(jax.random.key(0)))
-
-    def embed(dit, sigma):
-        return dit.time_out(nn.silu(dit.time_in(sinusoid(1000 * sigma, dit.frequency_dim))))
-
-    time = network.dit.apply({"params": params}, jnp.linspace(0, 1, 13), method=embed)
+    sigma = jnp.linspace(0, 1, 13)
+    time = network.dit.apply({"params": params}, sigma, method="embed_time")
     actions = params["action"]["embedding"]
     assert 4 * actions.std(0).mean() < time.std(0).mean()
 

@@ -421,6 +421,11 @@ class DiT(nn.Module):
         h = self.text_out(nn.gelu(self.text_in(text), approximate=True))
         return self.text_key_value(None, h)[1]
 
+    def embed_time(self, sigma: jax.Array) -> jax.Array:
+        """The embedding of noise levels `[...]`, without actions: float32 `[..., dim]`."""
+        features = sinusoid(1000.0 * sigma, self.frequency_dim)
+        return self.time_out(nn.silu(self.time_in(features)))
+
     def __call__(
         self,
         x: jax.Array,
@@ -457,7 +462,7 @@ class DiT(nn.Module):
         tokens = einops.rearrange(x, "b e (r p) (s q) c -> b e (r s) (p q c)", p=p, q=p)
         h = mesh.constrain(self.patch_in(tokens), *ACTIVATIONS)
 
-        time = self.time_out(nn.silu(self.time_in(sinusoid(1000.0 * sigma, self.frequency_dim))))
+        time = self.embed_time(sigma)
         if self.num_actions:
             time = time + self.action(action)
         time = mesh.constrain(time, "batch", None, None)
