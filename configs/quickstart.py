@@ -21,7 +21,7 @@ STEPS = {
     "smoke": (4, 6, 4, 2),
     "atari": (100, 3700, 350, 40),
     "atari_gpu": (2000, 7700, 1500, 300),
-    "long": (8000, 6000, 1200, 200),
+    "long": (8000, 7500, 1200, 200),
 }
 # The argument of the stages' own configs, where it is another.
 WORLDS = {"long": "", "atari_gpu": "atari"}
@@ -42,6 +42,8 @@ def get_config(arg: str = ""):
         job.sample_every = 0 if arg == "smoke" else -(-steps // 4)
         if arg == "smoke":
             job.optimizer = common.optimizer("adamw", 1e-3)  # compiles faster than Muon
+        if arg == "long":
+            job.data.episodes = 2048  # or it sees every window some four times
         if arg == "atari_gpu":
             job.batch_size, job.data.episodes = 16, 640
             job.log_every, job.save_every = 100, 1000  # of some dozens a second
