@@ -22,6 +22,6 @@ def get_config(arg: str = ""):
         config.sigma_floor = 0.0
         config.drop_rate = 0.1
     else:
-        # In small worlds more steps do more than larger batches, at first (docs/quickstart.md).
+        # In small worlds more steps do more than larger batches, at first (docs/experiments.md).
         config.batch_size, config.ema.decay = 4, 0.995
     return config

@@ -371,7 +371,7 @@ class DiT(nn.Module):
             self.action = nn.Embed(
                 self.num_actions + 1,  # the last one is "no action", for guidance
                 self.dim,
-                # Small: it is added to the time's, which it would drown (docs/quickstart.md).
+                # Small: it is added to the time's, which it would drown (docs/experiments.md).
                 embedding_init=nn.with_logical_partitioning(
                     nn.initializers.normal(0.02), ("actions", None)
                 ),
