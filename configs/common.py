@@ -113,7 +113,7 @@ def schedule(options: ConfigDict) -> ConfigDict:
     config.positions = (1000.0, 500.0)
     config.first_positions = (1000.0, 750.0, 500.0, 250.0)  # of the first generated chunk
     if options.world == "arena":
-        # The second step does more where chance has decided: at 0.57, not 0.8 (docs/experiments.md).
+        # The second step does more where chance has decided: 0.57, not 0.8 (docs/experiments.md).
         config.positions = (1000.0, 250.0)
         config.first_positions = (1000.0, 500.0, 250.0, 100.0)
     if options.world == "wan_1_3b":
