@@ -17,7 +17,7 @@ JOBS = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}
 
 # Training steps of the four stages.
 STEPS = {
-    "": (150, 2200, 700, 60),
+    "": (150, 1800, 700, 60),
     "smoke": (4, 6, 4, 2),
     "atari": (100, 3700, 350, 40),
     "atari_gpu": (2000, 7700, 1500, 300),
