@@ -78,7 +78,7 @@ MUTATIONS = (
         "cfpp/flow.py", "(v + v_end) / 2", "v_end", FLOW,
     ),
     Mutation(
-        "heun_past_zero", "Heun's step evaluates the network at sigma 0 in the last step",
+        "heun_past_zero", "Heun's step uses the velocity at sigma 0 in the last step",
         "cfpp/flow.py", "jnp.where(expand(sigma_next, x) > 0, (v + v_end) / 2, v)",
         "(v + v_end) / 2", FLOW,
     ),
@@ -196,7 +196,7 @@ MUTATIONS = (
     ),
     Mutation(
         "ema_stays", "the average is never updated", "cfpp/stages/stage.py",
-        "ema=average(state.ema, params, state.step, config.ema)", "ema=state.ema",
+        "ema=ema)", "ema=state.ema)",
         (f"{WIRING}descent_is_clipped_averaged_and_counted",),
     ),
     Mutation(

@@ -103,8 +103,8 @@ def heun_step(
 ) -> jax.Array:
     """One Heun step: Euler with the average of the velocities at both ends.
 
-    Where `sigma_next` is 0 the Euler step stands, as the velocity there is no longer defined
-    by the data (Karras et al. 2022, algorithm 1).
+    Where `sigma_next` is 0 the Euler step stands (Karras et al. 2022, algorithm 1): there the mean
+    of e - x0 is -x0 whatever the data, and not what a path to a single picture ends with.
     """
     v = velocity_fn(x, sigma)
     x_euler = euler_step(x, v, sigma, sigma_next)
@@ -149,11 +149,11 @@ def matching_loss(
       velocity_fn: the network.
       x0, noise: `[batch, frames, height, width, channels]`.
       sigma: `[batch, frames]`.
-      floor: noise levels below this weigh less, by (max(sigma, FLOOR) / floor)^2: the raw error of
-        a network that predicts x0 then counts the same at all of them. `FLOOR`, that of
-        `to_velocity`, or less weighs all alike.
+      floor: noise levels below this weigh less, by (clip(sigma, FLOOR, floor) / floor)^2: the raw
+        error of a network that predicts x0 then counts the same at all of them, down to `FLOOR`,
+        that of `to_velocity`. `FLOOR` or less weighs all alike.
     """
     v = velocity_fn(interpolate(x0, noise, sigma), sigma)
     error = jnp.mean(jnp.square(v - velocity(x0, noise)), axis=(2, 3, 4))
     floor = max(floor, FLOOR)
-    return error * jnp.square(jnp.maximum(sigma, FLOOR) / jnp.maximum(sigma, floor))
+    return error * jnp.square(jnp.clip(sigma, FLOOR, floor) / floor)

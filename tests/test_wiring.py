@@ -18,7 +18,7 @@ from cfpp.models.network import Network
 from cfpp.rollout.generate import gaussian_noise
 from cfpp.stages import ar_diffusion, bidirectional, consistency, dmd, ode
 from cfpp.stages import stage as stage_module
-from cfpp.stages.stage import average, descend, start
+from cfpp.stages.stage import advance, average, descend, start
 from tests import tiny
 from tests.test_stages import batch, parents, tiny_config
 
@@ -258,13 +258,12 @@ def test_target_carries_no_gradient():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_descent_is_clipped_averaged_and_counted(accumulate):
     """Of |p - x|^2 / 2 averaged over a batch: gradient p - mean(x), all in closed form."""
-    config = ml_collections.ConfigDict(
-        {"accumulate": accumulate, "ema": {"decay": 0.75, "start": 0}}
-    )
+    config = ml_collections.ConfigDict({"ema": {"decay": 0.75, "start": 0}})
     transform = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
     x, p = jnp.array([1.0, 5.0, 2.0, 8.0]), jnp.float32(0.0)
     loss = lambda params, x: jnp.mean((params - x) ** 2) / 2
-    state, metrics = descend(start(p, transform), transform, loss, x, config)
+    state, metrics = descend(start(p, transform), "model", transform, loss, x, accumulate)
+    state = advance(state, config)
     assert metrics["loss"] == 11.75 and metrics["grad_norm"] == 4.0 and int(state.step) == 1
     assert state.params["model"] == 0.5  # half of the clipped gradient
     assert state.ema == np.float32(0.45)  # nine tenths of the way, as the first step's average

@@ -1,8 +1,8 @@
 """What is measured on clips: pure functions of arrays, each with its standard error.
 
-Everything that is drawn from one episode (or from one start) is dependent, so errors are always
-taken over *episodes*: of a mean by the spread of the episodes' own means, of anything else by the
-jackknife, which leaves one episode out at a time.
+Everything that is drawn from one episode (or from one start) is dependent, so errors are taken over
+*episodes* (of a speed, over the pieces of its stream): of a mean by the spread of the episodes' own
+means, of anything else by the jackknife, which leaves one episode out at a time.
 
 The physics of the arena is read back out of the pictures by `cfpp.data.arena.read`, of real clips
 as of generated ones. Letters: E episodes, T frames, S starts, N samples of one start.
@@ -16,8 +16,9 @@ from scipy import stats
 
 from cfpp.data import arena
 
-# How far, in pixels and on each axis, an object may be from where physics puts it and still count
-# as there. It is half of a ball's step, so that a ball that stands still is not on its way.
+# How far, in pixels, an object may be from where physics puts it and still count as there: on each
+# axis or, in `allowed_transitions`, a ball in all. It is half of a ball's step on an axis, so that
+# a ball that stands still is not on its way.
 TOLERANCE = arena.BALL_SPEED / 2 / 2
 
 # ------------------------------------------------------------------------------ standard errors
@@ -205,9 +206,10 @@ def frechet_distance(
 def frechet(features: np.ndarray, reference: np.ndarray) -> Figure:
     """Frechet distance between Gaussians fitted to two sets of features.
 
-    With finitely many samples it is biased upwards, by the same amount for sets of the same size:
-    compare it with that of real clips against the same reference, not with 0. The jackknife gives
-    the error over the episodes of `features`; the reference is the same for all and not varied.
+    With finitely many samples it is biased upwards, the more so the fewer they are and the wider
+    they spread: compare it with that of as many real clips to the same reference, not with 0. The
+    jackknife gives the error over the episodes of `features`; the reference is the same for all
+    and not varied.
 
     Args:
       features: `[E, M, D]`, M feature vectors an episode.

@@ -9,8 +9,8 @@ which gives the keys and values that later chunks attend to. That *context pass*
   - fused with the next chunk's first step, one pass over `[clean i | noisy i + 1]`: S passes a
     chunk (throughput). The result is the same, but for the rounding of a cache in 8 bits.
 
-Everything is a function of (seed, frame number), so a clip rolled out in one scan, frame by frame
-or as a stream is one and the same.
+All noise is a function of (seed, frame number, step), so a clip rolled out in one scan, frame by
+frame or as a stream is one and the same.
 
 A clip from noise begins with the pattern's first chunk, which may be of another length than all the
 others. It takes a program of its own, and its context pass is never fused.
@@ -194,9 +194,9 @@ class Rollout(flax.struct.PyTreeNode):
         )
         if not given:
             return stream
-        frame, actions = np.arange(given), condition.get("actions")
+        frame, copy, actions = np.arange(given), np.full(given, CLEAN), condition.get("actions")
         _, key_value = self._evaluate(
-            params, stream, context, jnp.zeros((batch, given)), frame, CLEAN * frame, actions
+            params, stream, context, jnp.zeros((batch, given)), frame, copy, actions
         )
         kept = frame[(frame < pattern.sink) | (frame >= given - (slots - pattern.sink))]
         key, value = (x[:, :, :, kept] for x in key_value)
@@ -439,8 +439,10 @@ def student_sampler(
         missing.
       steps: None is as many as `positions`, or 2.
       first_steps: of the first chunk; None is as many as `first_positions` where `steps` are as
-        many as `positions`, or else `steps`. So many steps as one of the two has positions are
-        taken there, its own before the other's, and any other number at evenly spaced ones.
+        many as `positions`, or else `steps`.
+
+    The steps of either kind of chunk are taken at its own positions if these are as many, else at
+    the other kind's if those are, else at evenly spaced ones.
     """
     positions = config.get("positions", ()) or evenly(2)
     first_positions = config.get("first_positions", ()) or positions

@@ -13,6 +13,7 @@ from cfpp import flow
 from cfpp.models.network import Network
 from cfpp.stages.stage import (
     Stage,
+    advance,
     clip,
     descend,
     draw_sigma,
@@ -53,7 +54,9 @@ def build(config) -> Stage:
             error = flow.matching_loss(velocity, x0, noise, sigma, config.sigma_floor)
             return jnp.mean(error)
 
-        return descend(state, transform, loss, (clean, condition, x0, noise, sigma), config)
+        inputs = clean, condition, x0, noise, sigma
+        state, metrics = descend(state, "model", transform, loss, inputs, config.accumulate)
+        return advance(state, config), metrics
 
     usual = {"base": ("bidirectional", "ar_diffusion")}
     return Stage(init, step, optional=("base",), usual_parents=usual)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from cfpp import flow
 from cfpp.models.network import Network
-from cfpp.stages.stage import Stage, clip, descend, inherit, optimizer, start
+from cfpp.stages.stage import Stage, advance, clip, descend, inherit, optimizer, start
 
 
 def build(config) -> Stage:
@@ -51,6 +51,8 @@ def build(config) -> Stage:
             error = flow.matching_loss(velocity, x0, noise, sigma, config.sigma_floor)
             return jnp.mean(error * weight)
 
-        return descend(state, transform, loss, (condition, x0, noise, sigma, weight), config)
+        inputs = condition, x0, noise, sigma, weight
+        state, metrics = descend(state, "model", transform, loss, inputs, config.accumulate)
+        return advance(state, config), metrics
 
     return Stage(init, step, optional=("base",), usual_parents={"base": ("bidirectional",)})

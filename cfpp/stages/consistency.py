@@ -21,6 +21,7 @@ from cfpp.rollout.generate import student_sampler
 from cfpp.stages.stage import (
     FLOATS,
     Stage,
+    advance,
     check_choice,
     clip,
     descend,
@@ -39,7 +40,7 @@ def distance(name: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """The distance d of equation (3) for each frame, `[batch, frames]`: 'mse' or 'pseudo_huber'.
 
     Pseudo-Huber is sqrt(|a - b|^2 + c^2) - c with c = 0.00054 sqrt(n), n values in a frame (Song
-    and Dhariwal 2023, section 3.4).
+    and Dhariwal 2023, section 3.3).
     """
     squares = jnp.square(a - b)
     if name == "mse":
@@ -134,7 +135,9 @@ def build(config) -> Stage:
             )
             return jnp.mean(value)
 
-        return descend(state, transform, mean_loss, (clean, condition, x0, noise, index), config)
+        inputs = clean, condition, x0, noise, index
+        state, metrics = descend(state, "model", transform, mean_loss, inputs, config.accumulate)
+        return advance(state, config), metrics
 
     # From a bidirectional teacher it can be tried too, as an ablation of the paper does.
     usual = {"teacher": ("ar_diffusion",)}

@@ -33,6 +33,7 @@ from cfpp.stages.stage import (
     FLOATS,
     Stage,
     State,
+    advance,
     check_choice,
     clip,
     descend,
@@ -40,7 +41,6 @@ from cfpp.stages.stage import (
     freeze,
     inherit,
     optimizer,
-    update,
 )
 
 REAL_SCORES = ("bidirectional", "causal")
@@ -240,17 +240,9 @@ def build(config) -> Stage:
             value = flow.matching_loss(velocity, x, noise, sigma, config.sigma_floor)
             return jnp.mean(value, where=generated)
 
-        params, optimizer_state, metrics = update(
-            critic_transform,
-            mean_loss,
-            state.params["critic"],
-            state.optimizer["critic"],
-            (x0, condition, drawn),
-            config.accumulate,
-        )
-        state = state.replace(
-            params=state.params | {"critic": params},
-            optimizer=state.optimizer | {"critic": optimizer_state},
+        inputs = x0, condition, drawn
+        state, metrics = descend(
+            state, "critic", critic_transform, mean_loss, inputs, config.accumulate
         )
         return state, metrics["loss"]
 
@@ -267,7 +259,9 @@ def build(config) -> Stage:
             x_replayed = replay(student, params, cache, last_input, sigma, condition)
             return jnp.mean(loss(x_replayed, g[:, given:]))
 
-        return descend(state, transform, mean_loss, (x0, condition, drawn), config)
+        inputs = x0, condition, drawn
+        state, metrics = descend(state, "model", transform, mean_loss, inputs, config.accumulate)
+        return advance(state, config), metrics
 
     def step(state, batch, rng):
         x0, condition = clip(batch)

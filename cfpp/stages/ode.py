@@ -6,8 +6,8 @@ the clean history, and the student regresses from the points of its schedule ont
     (1) x_{sigma_{k+1}} = one Euler or Heun step of the guided teacher from x_{sigma_k}, x_1 = noise
     (2) L = | f_theta(x_sigma, sigma) - x_{sigma_N} |^2   for each sigma of the student's schedule
 
-Each step of training solves the trajectories of its own batch: N teacher evaluations, where stage 2
-spends one. The points of a trajectory are draws of one clean pass.
+Each step of training solves the trajectories of its own batch: N teacher steps, where stage 2 takes
+one. The points of a trajectory are draws of one clean pass.
 """
 
 import jax
@@ -19,6 +19,7 @@ from cfpp.models.network import Network
 from cfpp.stages.stage import (
     FLOATS,
     Stage,
+    advance,
     check_choice,
     clip,
     descend,
@@ -97,7 +98,9 @@ def build(config) -> Stage:
             student = network.teacher_forced(params, clean, condition)
             return jnp.mean(loss(student, x, sigma, endpoint))
 
-        return descend(state, transform, mean_loss, (clean, condition, noise), config)
+        inputs = clean, condition, noise
+        state, metrics = descend(state, "model", transform, mean_loss, inputs, config.accumulate)
+        return advance(state, config), metrics
 
     # From a bidirectional teacher it can be tried too, as an ablation of the paper does.
     usual = {"teacher": ("ar_diffusion",)}

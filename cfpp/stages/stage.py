@@ -191,23 +191,29 @@ def accumulated(
     return jax.tree.map(lambda x: x / parts, total)
 
 
-def update(
+def descend(
+    state: State,
+    name: str,
     transform: optax.GradientTransformation,
     loss: Callable,
-    params: Params,
-    optimizer_state: Any,
     inputs: Any,
     accumulate: int,
-) -> tuple[Params, Any, Metrics]:
-    """One optimizer step on the scalar `loss(params, inputs)`; see `accumulated`.
+) -> tuple[State, Metrics]:
+    """One optimizer step of `params[name]` on the scalar `loss(params, inputs)`.
+
+    The batch is gone through in `accumulate` parts, one after another: see `accumulated`.
 
     Returns:
-      The new parameters, the new optimizer state, and the metrics `loss` and `grad_norm`.
+      The new state, whose step and average are as before; the metrics `loss` and `grad_norm`.
     """
+    params = state.params[name]
     value, gradient = accumulated(loss, params, inputs, accumulate)
-    updates, optimizer_state = transform.update(gradient, optimizer_state, params)
-    metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient)}
-    return optax.apply_updates(params, updates), optimizer_state, metrics
+    updates, optimizer_state = transform.update(gradient, state.optimizer[name], params)
+    state = state.replace(
+        params=state.params | {name: optax.apply_updates(params, updates)},
+        optimizer=state.optimizer | {name: optimizer_state},
+    )
+    return state, {"loss": value, "grad_norm": optax.tree.norm(gradient)}
 
 
 def average(
@@ -223,6 +229,12 @@ def average(
     return optax.incremental_update(params, ema, 1.0 - decay)
 
 
+def advance(state: State, config: ml_collections.ConfigDict) -> State:
+    """Ends a step: counts it, and takes the new parameters of 'model' into their average."""
+    ema = average(state.ema, state.params["model"], state.step, config.ema)
+    return state.replace(step=state.step + 1, ema=ema)
+
+
 def start(
     params: Params, transform: optax.GradientTransformation, frozen: dict[str, Params] | None = None
 ) -> State:
@@ -234,34 +246,6 @@ def start(
         ema=params,
         frozen=frozen or {},
     )
-
-
-def descend(
-    state: State,
-    transform: optax.GradientTransformation,
-    loss: Callable,
-    inputs: Any,
-    config: ml_collections.ConfigDict,
-) -> tuple[State, Metrics]:
-    """One step of `params['model']` on `loss(params, inputs)`, and of its average.
-
-    `config.accumulate` parts of the batch are gone through one after another: see `accumulated`.
-    """
-    params, optimizer_state, metrics = update(
-        transform,
-        loss,
-        state.params["model"],
-        state.optimizer["model"],
-        inputs,
-        config.accumulate,
-    )
-    state = state.replace(
-        step=state.step + 1,
-        params=state.params | {"model": params},
-        optimizer=state.optimizer | {"model": optimizer_state},
-        ema=average(state.ema, params, state.step, config.ema),
-    )
-    return state, metrics
 
 
 def per_chunk(
