@@ -55,6 +55,14 @@ class ArgumentParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """Reads the command line; of an option that is empty, as `--out=$UNSET` is, it tells."""
+        options = super().parse_args(args, namespace)
+        for name, value in vars(options).items():
+            if value == "" != self.get_default(name):
+                self.error(f"--{name} is empty; give it a value")
+        return options
+
     def error(self, message: str) -> NoReturn:
         """Raises `UserError`."""
         raise UserError(message)

@@ -64,7 +64,11 @@ def run(config: Config, workdir: str, profile: bool = False) -> None:
     folders = {name: os.path.join(workdir, name) for name in config.jobs}
     steps = {name: config[name].steps for name in config.jobs}
     todo = [name for name in steps if not checkpoint.is_finished(folders[name], steps[name])]
-    _check(config, folders, todo)
+    jobs = _check(config, folders, todo)
+    workdirs.check(config, workdir)
+    for name in todo:
+        with _naming(name):
+            loop.prepare(jobs[name])
     workdirs.claim(config, workdir)  # only now: a mistake leaves no trace
     for name, folder in folders.items():
         with _naming(name):
@@ -89,7 +93,7 @@ def _check_jobs(config: Config) -> None:
             raise UserError(f"config.jobs has {name!r}; give some of {', '.join(known)}")
 
 
-def _check(config: Config, folders: dict[str, str], todo: list[str]) -> None:
+def _check(config: Config, folders: dict[str, str], todo: list[str]) -> dict[str, Config]:
     """Checks the jobs that are still to be done, and the evaluation, before any of them begins.
 
     Args:
@@ -97,25 +101,31 @@ def _check(config: Config, folders: dict[str, str], todo: list[str]) -> None:
       folders: the working directories of all jobs by name.
       todo: names of those that have not finished.
 
+    Returns:
+      The configurations of all jobs, with absolute paths.
+
     Raises:
       UserError: something in the configuration cannot be, a parent among the jobs included.
     """
     from cfpp.train import checkpoint, loop
     from cfpp.train import workdir as workdirs
 
-    resolve = lambda name: workdirs.resolve(_absolute(config[name], inside=True), folders[name])
+    jobs = {
+        name: workdirs.resolve(_absolute(config[name], inside=True), folder)
+        for name, folder in folders.items()
+    }
     before = {}  # trained by the time that a job begins
     find = lambda path: before[path] if path in before else checkpoint.find_model(path)[1]
-    for name, folder in folders.items():
-        job = resolve(name)
+    for name, job in jobs.items():
         if name in todo:
             with _naming(name):
                 loop.check(job, find)
-        before[folder] = job
+        before[folders[name]] = job
     if "evaluate" in config:
         from cfpp import evaluate
 
-        evaluate.check(config.evaluate, before[folders[config.jobs[0]]].data)
+        evaluate.check(config.evaluate, jobs[config.jobs[0]].data)
+    return jobs
 
 
 @contextlib.contextmanager

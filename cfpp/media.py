@@ -61,7 +61,7 @@ class Mp4Writer:
         self._shape: tuple[int, ...] | None = None
         self._process: subprocess.Popen | None = None
         self._log = None
-        _check_writable(self._path)
+        check_writable(self._path)
 
     def append(self, frame: np.ndarray) -> None:
         """Adds one frame, uint8 `[H, W, 3]`."""
@@ -166,7 +166,7 @@ def read_image(path: epath.PathLike, height: int, width: int) -> np.ndarray:
 def write_image(path: epath.PathLike, image: np.ndarray) -> None:
     """Writes a picture, uint8 `[H, W, 3]`, as PNG (or what the file name's ending says)."""
     path = epath.Path(path)
-    _check_writable(path)
+    check_writable(path)
     try:
         encoded = io.BytesIO()
         kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
@@ -288,7 +288,9 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
 
 
-def _check_writable(path: epath.Path) -> None:
+def check_writable(path: epath.PathLike) -> None:
+    """Raises UserError if a file of that name cannot be written, as far as its name tells."""
+    path = epath.Path(path)
     if paths.is_remote(path):
         return  # buckets have no folders
     if path.is_dir():

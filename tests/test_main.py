@@ -76,6 +76,12 @@ def test_mistakes_of_other_commands_are_one_line(module):
     assert re.fullmatch(r"error: .* required.*\n", done.stderr)
 
 
+@pytest.mark.parametrize("arguments", [["--workdir="], ["--workdir=x", "--out="]])
+def test_an_empty_option_is_told(arguments):
+    with pytest.raises(UserError, match=f"^{arguments[-1][:-1]} is empty; give it a value$"):
+        export.main(arguments)
+
+
 def test_stages_of_a_job_share_model_and_mesh():
     config = quickstart.get_config()
     config.model.attention = "reference"
@@ -191,6 +197,18 @@ def test_a_mistake_in_any_stage_leaves_no_trace(job, tmp_path, group, field, val
     main.run(right, str(tmp_path / "job"))
 
 
+@pytest.mark.parametrize("jobs", [("stage0",), ("stage0", "stage1")])
+def test_data_that_cannot_be_had_leave_no_trace(tmp_path, jobs):
+    config = quickstart.get_config("smoke")
+    config.stage0.data.directory = str(tmp_path / "nothing")
+    config.stage0.data.name = "tfds:nothing"
+    config.jobs = jobs
+    config = config if len(jobs) > 1 else config.stage0
+    with pytest.raises(UserError, match="no dataset 'nothing' prepared in"):
+        main.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_parent_that_is_trained_too_late_leaves_no_trace(job, tmp_path):
     config, _ = job
     with config.unlocked():
@@ -254,6 +272,8 @@ def test_a_job_of_several_stages_refuses_another_config(job, tmp_path):
     config.second.log_every = 1
     config.evaluate.frames = 4
     main.run(config, str(tmp_path))
+    with pytest.raises(UserError, match="is the working directory of a job of several stages; "):
+        main.run(config.first, str(tmp_path))
     config.first.steps = 4  # the second has started from step 3
     with pytest.raises(UserError, match=r"first\.steps was 3 and is now 4"):
         main.run(config, str(tmp_path))

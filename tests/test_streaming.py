@@ -255,10 +255,12 @@ def test_actions_are_read_and_repeated():
         (["--frames=0"], "--frames is 0; it must be at least 1"),
         (["--frames=-3"], "--frames is -3"),
         (["--steps=0"], "--steps is 0"),
+        (["--steps=1000000000"], "--steps is 1000000000; it must be at most 1000"),
+        (["--scale=3000"], "--scale is 3000; it must be at most 64"),
         (["--actions=7"], "7 is out of range; the model knows 0 to 4"),
-        (["--actions=left"], "'left' is neither a number nor NUMBERxTIMES"),
+        (["--actions=left"], "'left' is neither a NUMBER from 0 on nor NUMBERxTIMES"),
         (["--actions=4x0"], "names no action"),
-        (["--actions=²"], "neither a number nor NUMBERxTIMES"),
+        (["--actions=²"], "neither a NUMBER from 0 on nor NUMBERxTIMES"),
         (["--seed=-1"], "--seed is -1"),
         (["--first_frame=nowhere.png"], "nowhere.png"),
         (["--out=/proc/x.mp4"], "/proc/x.mp4"),
@@ -270,6 +272,46 @@ def test_refusals(workdir, arguments, message):
     with pytest.raises(UserError, match=message) as error:
         stream(workdir, "--steps=1", *arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_model_is_loaded():
+    with pytest.raises(UserError, match="nowhere is not a directory"):
+        command.run(command.parse(["--workdir=x", "--out=nowhere/x.mp4"]))
+
+
+def test_damaged_data_are_told(workdir, tmp_path):
+    """Where there are none, a stream starts from noise; where they are damaged, it does not."""
+    shutil.copytree(workdir.parent, tmp_path / "run")
+    fields = json.loads((tmp_path / "run/stage1/config.json").read_text())
+    fields["data"]["directory"] = str(tmp_path / "run/data")
+    (tmp_path / "run/stage1/config.json").write_text(json.dumps(fields))
+    [records] = (tmp_path / "run/data").rglob("*test.array_record*")
+    records.write_bytes(records.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot read record 0"):
+        stream(tmp_path / "run/stage1", "--frames=1", "--steps=1")
+    shutil.rmtree(tmp_path / "run/data")
+    assert len(stream(tmp_path / "run/stage1", "--frames=1", "--steps=1")) == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value", "message"),
+    [
+        ("model", "foo", 1, "config.json is damaged, config.model: .*'foo'"),
+        ("model", "dim", "x", "config.json is damaged, config.model: model.dim is 'x'"),
+        ("model", "dim", 48, r"is of another model: parameter .* is float32\[.*24.*\] there"),
+        ("pattern", "window", None, "the model's pattern has no window"),
+        ("data", "name", None, "it has no field data.name"),
+    ],
+)
+def test_a_configuration_that_is_not_the_models(workdir, tmp_path, group, field, value, message):
+    checkpoint.export(workdir, tmp_path / "export")
+    fields = json.loads((tmp_path / "export/config.json").read_text())
+    fields[group].pop(field, None)
+    if value is not None:
+        fields[group][field] = value
+    (tmp_path / "export/config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=message):
+        command.run(command.parse([f"--checkpoint={tmp_path / 'export'}", "--frames=1"]))
 
 
 def test_no_model(tmp_path):

@@ -24,6 +24,10 @@ from cfpp.data.atari_dataset import atari_dataset_dataset_builder
 from cfpp.errors import UserError, one_line
 
 
+class MissingError(UserError):
+    """A dataset that is not there."""
+
+
 class Episodes:
     """Random access to the episodes of a split, checked against the configuration as they are read.
 
@@ -195,7 +199,7 @@ def open_split(data_config: ml_collections.ConfigDict, split: str) -> Episodes:
     else:
         directory = _recorded_directory(data_config, *_recording(data_config))
         if not directory.exists():
-            raise UserError(
+            raise MissingError(
                 f"{data_config.name} is not recorded in {directory}; "
                 "run python -m cfpp.data.prepare"
             )
@@ -327,7 +331,7 @@ def _find_dataset(data_config: ml_collections.ConfigDict) -> Path:
             str(info.parent.parent.relative_to(root)) for info in root.glob("*/**/features.json")
         )
         suggestion = _suggest(name, present) or f"; it holds {', '.join(present) or 'none'}"
-        raise UserError(f"no dataset '{name}' prepared in {root}{suggestion}") from error
+        raise MissingError(f"no dataset '{name}' prepared in {root}{suggestion}") from error
     return Path(builder.data_dir)
 
 

@@ -101,7 +101,7 @@ def find_stages(
         if (folder / "config.json").exists()
     }
     for folder, config in begun.items():
-        fields = ("steps", "batch_size", *FIELDS, "pattern", "shift")
+        fields = ("steps", "batch_size", *FIELDS, "pattern", "shift", "data.name")
         workdirs.require(config, folder / "config.json", fields)
     finished = {
         folder: config
@@ -151,12 +151,13 @@ class Model(NamedTuple):
 
 def load(row: Row) -> Model:
     """Loads a row's model, ready to generate; UserError where it cannot be read, or continue."""
-    config, params = checkpoint.load_model(row.workdir)
+    network, config = checkpoint.find_network(row.workdir)
+    _, params = checkpoint.load_model(row.workdir)
     if row.stage == "bidirectional":
         if config.data.frames < 2:
             raise UserError(f"{row.workdir} has learned single frames and can continue none")
-        network = Network.create(config.model, config.pattern).without_unrolling()
         sampler = generate.euler(row.steps, config.shift)
+        network = network.without_unrolling()
         stream = functools.partial(_blockwise, network, params, sampler, config.data.frames)
         return Model(stream, config.data.frames - 1, sampler.steps)
     teacher = row.stage == "ar_diffusion"

@@ -343,10 +343,9 @@ class DiT(nn.Module):
         least = dict.fromkeys((*frame, *block, "layers", "unroll"), 1)
         least |= {"frequency_dim": 2, "num_actions": 0, "text_dim": 0}
         for field, minimum in least.items():
-            if getattr(self, field) < minimum:
-                raise ValueError(
-                    f"model.{field} is {getattr(self, field)}; it must be at least {minimum}"
-                )
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < minimum:
+                raise ValueError(f"model.{field} is {value!r}; it must be at least {minimum}")
         if self.height % self.patch or self.width % self.patch:
             raise ValueError(
                 f"model.patch is {self.patch}; a frame of {self.height} x {self.width} does not "

@@ -17,19 +17,19 @@ from tqdm import tqdm
 
 from cfpp import media
 from cfpp.attention.cache import LARGEST_VALUES
-from cfpp.data import pipeline
+from cfpp.data import pipeline, sources
 from cfpp.data.actions import held_actions
 from cfpp.errors import ArgumentParser, UserError, exit_on_user_error
-from cfpp.models.network import FIELDS, Network, Params
+from cfpp.models.network import Params
 from cfpp.parallel import mesh
 from cfpp.rollout import generate
 from cfpp.rollout.stream import Player
 from cfpp.train import checkpoint
-from cfpp.train import workdir as workdirs
 
 FRAMES_PER_SECOND = 8  # of the video file
 LONGEST_HOLD = 6  # frames that a random action is held
 LONGEST_ACTIONS = 10**6  # frames that a given action is held, at most
+LIMITS = {"frames": 10**9, "steps": 1000, "first_steps": 1000, "scale": 64}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -74,7 +74,9 @@ def parse_actions(text: str, num_actions: int) -> list[int]:
     for word in text.split(","):
         action, _, times = word.strip().partition("x")
         if not (action + times).isascii() or not action.isdigit() or not (times or "1").isdigit():
-            raise UserError(f"--actions: {word!r} is neither a number nor NUMBERxTIMES")
+            raise UserError(
+                f"--actions: {word!r} is neither an action's number, from 0 on, nor NUMBERxTIMES"
+            )
         if int(action) >= num_actions:
             raise UserError(
                 f"--actions: {action} is out of range; the model knows 0 to {num_actions - 1}"
@@ -104,7 +106,7 @@ def first_frames(
       picture.
 
     Raises:
-      UserError: the picture cannot be used.
+      UserError: the picture cannot be used, or the data are damaged.
     """
     height, width = config.model.height, config.model.width
     if options.first_frame:
@@ -114,7 +116,7 @@ def first_frames(
         try:
             clip = pipeline.test_clips(config.data, 1, 1)
             return clip["video"], clip["actions"]
-        except UserError as error:
+        except sources.MissingError as error:
             why = str(error)
     else:
         why = "an export has no held-out frames"
@@ -130,13 +132,11 @@ def load(options: argparse.Namespace) -> tuple[ml_collections.ConfigDict, Params
       UserError: there is no such model, or it does not divide over the mesh.
     """
     path = options.workdir or options.checkpoint
-    folder, config = checkpoint.find_model(path)
-    workdirs.require(config, folder / "config.json", (*FIELDS, "pattern", "shift"))
+    network, config = checkpoint.find_network(path)
     if not options.mesh:
         return checkpoint.load_model(path)
     device_mesh = jax.sharding.get_mesh()
     mesh.check(device_mesh, config.model)
-    network = Network.create(config.model, config.pattern)
     return checkpoint.load_model(path, mesh.state_shardings(network.shapes(), device_mesh))
 
 
@@ -162,12 +162,14 @@ def run(options: argparse.Namespace) -> None:
     Raises:
       UserError: the mesh, the model, the picture, the actions or the output file cannot be used.
     """
-    for name in ("frames", "steps", "first_steps", "scale"):
+    for name, most in LIMITS.items():
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; it must be at least 1")
+        if value is not None and not 1 <= value <= most:
+            wanted = "at least 1" if value < 1 else f"at most {most}"
+            raise UserError(f"--{name} is {value}; it must be {wanted}")
     if not options.out.lower().endswith(".mp4"):
         raise UserError(f"--out={options.out}: the video is an MP4; give a name that ends in .mp4")
+    media.check_writable(options.out)
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed is {options.seed}; it must be at least 0 and less than 2**32")
     with contextlib.ExitStack() as stack:

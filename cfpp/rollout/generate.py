@@ -444,7 +444,7 @@ def student_sampler(
     The steps of either kind of chunk are taken at its own positions if these are as many, else at
     the other kind's if those are, else at evenly spaced ones.
     """
-    positions = config.get("positions", ()) or evenly(2)
+    positions = config.get("positions", evenly(2))
     first_positions = config.get("first_positions", ()) or positions
     steps = steps or len(positions)
     first_steps = first_steps or (len(first_positions) if steps == len(positions) else steps)
@@ -471,11 +471,11 @@ def for_stage(
     Raises:
       UserError: the stage's model cannot stream, or not like this.
     """
-    if config.pattern.window is None:
+    network = Network.create(config.model, config.pattern).without_unrolling()
+    if network.pattern.window is None:
         raise UserError("the model's pattern has no window, which streaming in a cache needs")
     if config.stage == "bidirectional":
         raise UserError("a bidirectional model cannot stream; take one of stage 1, 2 or 3")
-    network = Network.create(config.model, config.pattern).without_unrolling()
     if config.stage == "ar_diffusion":
         if first_steps is not None:
             raise UserError("a teacher takes as many steps for the first chunk as for the others")

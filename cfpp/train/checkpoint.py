@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from logging import LogRecord, getLogger
 from typing import Any
 
+import flax.linen as nn
 import grain
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ from jax.experimental import multihost_utils
 
 from cfpp import paths
 from cfpp.errors import UserError, first_line
+from cfpp.models.network import FIELDS, Network
 from cfpp.parallel import hosts
 from cfpp.train import shapes
 from cfpp.train import workdir as workdirs
@@ -266,10 +268,33 @@ def find_model(path: epath.PathLike) -> tuple[epath.Path, ml_collections.ConfigD
         raise UserError(f"{path} has no config.json: it is no working directory and no export")
     config = workdirs.read_config(path)
     if "jobs" in config:
-        return find_model(path / config.jobs[-1])
+        last = path / config.jobs[-1]
+        if not (last / "config.json").exists():
+            raise UserError(
+                f"{path} has not come to its last stage yet; train on, or give the working "
+                f"directory of an earlier one, such as {path / config.jobs[0]}"
+            )
+        return find_model(last)
     if not (path / MODEL).exists() and not steps(path / "checkpoints"):
         raise UserError(f"{path} has no checkpoint yet; train it first")
     return path, config
+
+
+def find_network(path: epath.PathLike) -> tuple[Network, ml_collections.ConfigDict]:
+    """The network of the model that `load_model` would load, and the stage's configuration.
+
+    Raises:
+      UserError: there is no model, or its configuration is none, or that of another one.
+    """
+    folder, config = find_model(path)
+    where = folder / "config.json"
+    workdirs.require(config, where, (*FIELDS, "pattern", "shift", "data.name"))
+    try:
+        network = Network.create(config.model, config.pattern)
+    except ValueError as error:
+        raise UserError(f"{where} is damaged, {error}; restore it") from error
+    shapes.check(nn.meta.unbox(network.shapes()), model_shapes(folder), folder)
+    return network, config
 
 
 def model_shapes(path: epath.PathLike) -> Tree:

@@ -108,13 +108,13 @@ def train(
     device_mesh = mesh.create(config.mesh)
     programs = programs_of(stage, config, device_mesh)
     check_parents(config, stage, lambda path: checkpoint.find_model(path)[1])
+    workdirs.check(as_given, workdir)
+    prepare(config)
     workdirs.claim(as_given, workdir)  # only now: a mistake leaves no trace
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.disk_faults(workdir, "mend that, then start again"))
         stack.enter_context(workdirs.alone(workdir))
-        hosts.one_after_another(lambda: sources.prepare(config.data))
-        samples.check(config)
         data = pipeline.train_batches(
             config.data,
             config.batch_size,
@@ -206,6 +206,16 @@ def check(
     stage = build_stage(config)
     program.divide(stage, config, mesh.create(config.mesh))
     check_parents(config, stage, find)
+
+
+def prepare(config: ml_collections.ConfigDict) -> None:
+    """Records the data of a stage if they are missing, and checks them.
+
+    Raises:
+      UserError: the data cannot be had, or are not what the configuration says.
+    """
+    hosts.one_after_another(lambda: sources.prepare(config.data))
+    samples.check(config)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

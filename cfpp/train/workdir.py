@@ -67,21 +67,32 @@ def refusal(error: BaseException | None) -> str | None:
     return reason or refusal(error.__cause__ or error.__context__)
 
 
-def claim(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
-    """Makes `workdir` the working directory of `config`, or checks that it already is.
+def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
+    """Checks that `workdir` is nobody's yet, or that of `config`.
 
     Raises:
-      UserError: the directory cannot be written, or belongs to another configuration.
+      UserError: the directory cannot be read, or belongs to another configuration.
     """
     workdir = epath.Path(workdir)
     with disk_faults(workdir, "choose another --workdir"):
         if (workdir / "config.json").exists():
-            _check(config, workdir)
+            _compare(config, workdir)
         elif workdir.exists() and (workdir / "checkpoints").exists():
             raise UserError(
                 f"{workdir} has checkpoints but no config.json: restore that file, or choose "
                 "another --workdir"
             )
+
+
+def claim(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
+    """Makes `workdir` the working directory of `config`.
+
+    Raises:
+      UserError: the directory cannot be written, or belongs to another configuration.
+    """
+    workdir = epath.Path(workdir)
+    check(config, workdir)
+    with disk_faults(workdir, "choose another --workdir"):
         if hosts.is_first():
             workdir.mkdir(parents=True, exist_ok=True)
             write_config(config, workdir)
@@ -207,11 +218,13 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _check(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+def _compare(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Raises `UserError` at the first field by which `config` differs from that of `workdir`."""
-    old = traverse_util.flatten_dict(_read(workdir / "config.json"), sep=".")
-    new = json.loads(json.dumps(config.to_dict()))
-    new = traverse_util.flatten_dict(new, sep=".")
+    old, new = _read(workdir / "config.json"), json.loads(json.dumps(config.to_dict()))
+    if ("jobs" in old) != ("jobs" in new):
+        whose = "a job of several stages" if "jobs" in old else "one stage"
+        raise UserError(f"{workdir} is the working directory of {whose}; choose another --workdir")
+    old, new = (traverse_util.flatten_dict(fields, sep=".") for fields in (old, new))
     jobs = new.get("jobs", ())
     for field in sorted(old.keys() | new.keys()):
         if old.get(field) == new.get(field) or _may_change(field, jobs):

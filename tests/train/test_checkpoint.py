@@ -231,6 +231,12 @@ def test_no_model_to_load(tmp_path, files, message):
         checkpoint.load_model(folder)
 
 
+def test_a_job_that_has_not_come_to_its_last_stage(tmp_path):
+    (tmp_path / "config.json").write_text('{"jobs": ["stage0", "stage1"]}')
+    with pytest.raises(UserError, match=r"has not come to its last stage yet; .*/stage0$"):
+        checkpoint.load_model(tmp_path)
+
+
 def test_configs_come_back_as_they_were(tmp_path):
     config = fake.config(data={"name": "x", "directory": "../data", "sizes": ((1, 2.0), ())})
     workdirs.claim(config, tmp_path / "job")
