@@ -236,10 +236,12 @@ def _attend_backward(sizes, residuals, cotangents):
             k_j, v_j = table.take(k, j), table.take(v, j)
             p = table.seen(weigh, table.scores(q_i, k_j), i, j)
             dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+            # Of a sum over rows a CPU turns the first factor around: so that is the smaller one.
+            of_keys = lambda rows, weights: dot("bnqd,bnqk->bndk", rows, weights).swapaxes(-1, -2)
             dp = dot("bnqd,bnkd->bnqk", d_out_i, v_j)
             ds = (p * (dp - delta_i[..., None]) * table.scale).astype(q.dtype)
-            dv = table.add(dv, dot("bnqk,bnqd->bnkd", p.astype(q.dtype), d_out_i), j)
-            dk = table.add(dk, dot("bnqk,bnqd->bnkd", ds, q_i), j)
+            dv = table.add(dv, of_keys(d_out_i, p.astype(q.dtype)), j)
+            dk = table.add(dk, of_keys(q_i, ds), j)
             return dq_i + dot("bnqk,bnkd->bnqd", ds, k_j), dk, dv
 
         start = (jnp.zeros(q_i.shape, jnp.float32), *gradients)
