@@ -21,6 +21,7 @@ def get_config(arg: str = ""):
     config.init_from.teacher = "runs/stage1"
     if options.world == "arena":
         config.batch_size, config.ema.decay = 4, 0.95
+        config.grid_steps = 8  # a finer one takes longer to learn (docs/experiments.md)
     if options.world == "wan_1_3b":
         config.steps = 5000
         config.optimizer = common.wan_optimizer()
