@@ -98,7 +98,7 @@ def parent_shapes(config: Config, stage: stages.Stage) -> dict[str, Any]:
     """The shapes of the parents that a stage would load, by role."""
 
     def shapes(role):
-        model = stage.parent_models.get(role, config.model)
+        model = stage.parents[role].model or config.model
         return nn.meta.unbox(Network.create(model, config.pattern).shapes())
 
     return {role: shapes(role) for role, path in config.init_from.items() if path}
@@ -190,7 +190,8 @@ def _gib(count: float) -> str:
 
 def meshes(config: Config, stage: stages.Stage, devices: int) -> Iterator[dict[str, int]]:
     """The meshes over which a stage and its parents divide, up to the `LARGEST` sizes."""
-    models = [mesh.divided(model) for model in (config.model, *stage.parent_models.values())]
+    models = (config.model, *(parent.model or config.model for parent in stage.parents.values()))
+    models = [mesh.divided(model) for model in models]
     divides = lambda axis, ways: not any(model[axis][0] % ways for model in models)
     tensors = [size for size in range(1, LARGEST["tensor"] + 1) if divides("tensor", size)]
     contexts = [size for size in range(1, devices + 1) if divides("context", size)]

@@ -47,7 +47,8 @@ def batch(config, size: int = 2):
 
 def parents(config, stage):
     network = Network.create(config.model, config.pattern)
-    return {role: tiny.params(network, seed=7) for role in stage.required}
+    required = (role for role, parent in stage.parents.items() if parent.required)
+    return {role: tiny.params(network, seed=7) for role in required}
 
 
 VARIANTS = {

@@ -4,11 +4,11 @@ import importlib
 
 import ml_collections
 
-from cfpp.stages.stage import Stage, State, check_choice
+from cfpp.stages.stage import Parent, Stage, State, check_choice
 
 STAGES = ("bidirectional", "ar_diffusion", "consistency", "ode", "dmd")
 
-__all__ = ["STAGES", "Stage", "State", "build"]
+__all__ = ["STAGES", "Parent", "Stage", "State", "build"]
 
 
 def build(config: ml_collections.ConfigDict) -> Stage:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from cfpp import flow
 from cfpp.models.network import Network
 from cfpp.stages.stage import (
+    Parent,
     Stage,
     advance,
     clip,
@@ -58,5 +59,5 @@ def build(config) -> Stage:
         state, metrics = descend(state, "model", transform, loss, inputs, config.accumulate)
         return advance(state, config), metrics
 
-    usual = {"base": ("bidirectional", "ar_diffusion")}
-    return Stage(init, step, optional=("base",), usual_parents=usual)
+    base = Parent(("bidirectional", "ar_diffusion"), required=False)
+    return Stage(init, step, {"base": base})

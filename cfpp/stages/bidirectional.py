@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from cfpp import flow
 from cfpp.models.network import Network
-from cfpp.stages.stage import Stage, advance, clip, descend, inherit, optimizer, start
+from cfpp.stages.stage import Parent, Stage, advance, clip, descend, inherit, optimizer, start
 
 
 def build(config) -> Stage:
@@ -55,4 +55,4 @@ def build(config) -> Stage:
         state, metrics = descend(state, "model", transform, loss, inputs, config.accumulate)
         return advance(state, config), metrics
 
-    return Stage(init, step, optional=("base",), usual_parents={"base": ("bidirectional",)})
+    return Stage(init, step, {"base": Parent(("bidirectional",), required=False)})

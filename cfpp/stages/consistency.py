@@ -20,6 +20,7 @@ from cfpp.models.network import Network
 from cfpp.rollout.generate import student_sampler
 from cfpp.stages.stage import (
     FLOATS,
+    Parent,
     Stage,
     advance,
     check_choice,
@@ -140,5 +141,4 @@ def build(config) -> Stage:
         return advance(state, config), metrics
 
     # From a bidirectional teacher it can be tried too, as an ablation of the paper does.
-    usual = {"teacher": ("ar_diffusion",)}
-    return Stage(init, step, required=("teacher",), usual_parents=usual, guided="teacher")
+    return Stage(init, step, {"teacher": Parent(("ar_diffusion",), guided=True)})

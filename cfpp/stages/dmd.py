@@ -31,6 +31,7 @@ from cfpp.models.network import Condition, Network, Params
 from cfpp.rollout.generate import Noise, Rollout, chunk_ends, gaussian_noise, student_sampler
 from cfpp.stages.stage import (
     FLOATS,
+    Parent,
     Stage,
     State,
     advance,
@@ -275,13 +276,9 @@ def build(config) -> Stage:
         return state, metrics | {"critic_loss": jnp.mean(critic_loss)}
 
     origin = {"bidirectional": "bidirectional", "causal": "ar_diffusion"}[config.real_score]
-    return Stage(
-        init,
-        step,
-        required=("student", "real"),
-        optional=("critic",),
-        parent_stages={"real": origin},
-        usual_parents={"student": ("consistency", "ode"), "critic": (origin,)},
-        parent_models={"real": real_model},
-        guided="real",
-    )
+    parents = {
+        "student": Parent(("consistency", "ode")),
+        "real": Parent((origin,), strict=True, model=real_model, guided=True),
+        "critic": Parent((origin,), required=False),
+    }
+    return Stage(init, step, parents)

@@ -18,6 +18,7 @@ from cfpp import flow
 from cfpp.models.network import Network
 from cfpp.stages.stage import (
     FLOATS,
+    Parent,
     Stage,
     advance,
     check_choice,
@@ -103,5 +104,4 @@ def build(config) -> Stage:
         return advance(state, config), metrics
 
     # From a bidirectional teacher it can be tried too, as an ablation of the paper does.
-    usual = {"teacher": ("ar_diffusion",)}
-    return Stage(init, step, required=("teacher",), usual_parents=usual, guided="teacher")
+    return Stage(init, step, {"teacher": Parent(("ar_diffusion",), guided=True)})

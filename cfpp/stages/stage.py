@@ -40,28 +40,39 @@ class State(flax.struct.PyTreeNode):
     frozen: dict[str, Params]
 
 
+class Parent(NamedTuple):
+    """What a stage asks of a model that `config.init_from` names.
+
+    Attributes:
+      stages: those that it comes from in the recipe. From another it may come too, to see what
+        comes of it, unless the parent is `strict`.
+      required: whether it must be given.
+      strict: see `stages`.
+      model: its `config.model`, where that may differ from the stage's own.
+      guided: whether `config.guidance` is for it. If it is for no parent, it is for the stage's own
+        model.
+    """
+
+    stages: tuple[str, ...]
+    required: bool = True
+    strict: bool = False
+    model: ml_collections.ConfigDict | None = None
+    guided: bool = False
+
+
 class Stage(NamedTuple):
-    """A stage: two pure, jittable functions.
+    """A stage: two pure, jittable functions, and what they start from.
 
     Attributes:
       init: `(rng, parents) -> State`, parents by role; parameters are boxed with their logical
         axis names (`flax.linen.meta.unbox` takes these off).
       step: `(state, batch, rng) -> (state, metrics)`, with scalar metrics, one of them `loss`.
-      required, optional: roles in `config.init_from` that must and that may be given.
-      parent_stages: the stage that a role's model must come from, where it matters.
-      usual_parents: the stages that a role's model comes from in the recipe; others are possible.
-      parent_models: the model of a role where it is not `config.model`.
-      guided: the role that `config.guidance` is for; without one it is for the stage's own model.
+      parents: by role, the name in `config.init_from`.
     """
 
     init: Callable[[jax.Array, dict[str, Params]], State]
     step: Callable[[State, dict[str, jax.Array], jax.Array], tuple[State, Metrics]]
-    required: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    parent_stages: Mapping[str, str] = types.MappingProxyType({})
-    usual_parents: Mapping[str, tuple[str, ...]] = types.MappingProxyType({})
-    parent_models: Mapping[str, ml_collections.ConfigDict] = types.MappingProxyType({})
-    guided: str | None = None
+    parents: Mapping[str, Parent] = types.MappingProxyType({})
 
 
 def check_choice(field: str, value: str, choices: Sequence[str]) -> None:

@@ -287,15 +287,14 @@ def build_stage(config: ml_collections.ConfigDict) -> stages.Stage:
         stage = stages.build(config)
     except ValueError as error:
         raise UserError(str(error)) from error
-    known = (*stage.required, *stage.optional)
     for role in config.init_from:
-        if role not in known:
+        if role not in stage.parents:
             raise UserError(
                 f"config.init_from.{role} is no parent of stage {config.stage}, which takes "
-                f"{', '.join(known) or 'none'}"
+                f"{', '.join(stage.parents) or 'none'}"
             )
-    for role in stage.required:
-        if not config.init_from.get(role):
+    for role, parent in stage.parents.items():
+        if parent.required and not config.init_from.get(role):
             raise UserError(
                 f"config.init_from.{role} is not set; give the working directory or the export "
                 f"of the {role} that stage {config.stage} starts from"
@@ -360,7 +359,8 @@ def check_parents(
     """
     for role, parent in parents(config, find).items():
         where = f"config.init_from.{role}={config.init_from[role]}"
-        model = stage.parent_models.get(role, config.model)
+        asked = stage.parents[role]
+        model = asked.model or config.model
         for name in sorted({*parent.model, *model} - set(OWN_FIELDS)):
             # What is left out has the network's default.
             theirs, own = (m.get(name, getattr(DiT, name, None)) for m in (parent.model, model))
@@ -369,20 +369,19 @@ def check_parents(
                     f"{where} has model.{name}={theirs!r}; this configuration's {role} should have "
                     f"{own!r}"
                 )
-        wanted = stage.parent_stages.get(role, parent.stage)
-        if parent.stage != wanted:
-            raise UserError(f"{where} is a model of stage {parent.stage}; give one of {wanted}")
-        usual = stage.usual_parents.get(role, (parent.stage,))
-        if parent.stage not in usual:
+        usual = " or ".join(asked.stages)
+        if parent.stage not in asked.stages:
+            if asked.strict:
+                raise UserError(f"{where} is a model of stage {parent.stage}; give one of {usual}")
             logging.warning(
                 "%s is a model of stage %s; stage %s starts from one of %s, and from another only "
                 "to see what comes of it",
                 where,
                 parent.stage,
                 config.stage,
-                " or ".join(usual),
+                usual,
             )
-        if role == stage.guided and config.guidance != 1.0 and is_untaught(parent):
+        if asked.guided and config.guidance != 1.0 and is_untaught(parent):
             raise UserError(
                 f"config.guidance is {config.guidance}, but {where} was trained with "
                 "config.drop_rate=0 and knows no unconditional prediction; use guidance 1"

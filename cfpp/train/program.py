@@ -56,7 +56,8 @@ def divide(
       UserError: the batch or one of the models does not divide.
     """
     mesh.check(device_mesh, config.model)
-    for role, model in stage.parent_models.items():
+    for role, parent in stage.parents.items():
+        model = parent.model or config.model
         mesh.check(device_mesh, model, f"the model of config.init_from.{role}")
     return mesh.batch_sharding(device_mesh, config.batch_size, config.accumulate)
 

@@ -15,7 +15,7 @@ import optax
 
 from cfpp.errors import exit_on_user_error
 from cfpp.parallel import hosts
-from cfpp.stages import Stage, State
+from cfpp.stages import Parent, Stage, State
 from cfpp.train import shapes
 from configs import common
 
@@ -78,7 +78,7 @@ def build(config: ml_collections.ConfigDict) -> Stage:
         )
         return state, {"loss": jnp.where(done == config.bad_loss_at, jnp.nan, value)}
 
-    return Stage(init, step, optional=("teacher",))
+    return Stage(init, step, {"teacher": Parent(("fake",), required=False)})
 
 
 def train_batches(data_config, batch_size, seed, rows=None):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from cfpp.errors import UserError
+from cfpp.stages import Parent
 from cfpp.train import checkpoint, loop, program, samples
 from cfpp.train import workdir as workdirs
 from tests.train import crash, fake
@@ -225,6 +226,11 @@ def test_parents_are_what_the_stage_starts_from(finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, frozen, teacher)
 
 
+def asking(teacher):
+    """What builds the fake stage, of which the teacher is asked that."""
+    return lambda config: fake.build(config)._replace(parents={"teacher": teacher})
+
+
 def test_bad_parents(finished, tmp_path):
     def message(workdir, **changes):
         with pytest.raises(UserError) as error:
@@ -243,26 +249,23 @@ def test_bad_parents(finished, tmp_path):
     text = message("4", init_from={"teacher": str(finished)}, model={"dim": 16})
     assert "parameter bias is float32[8] there and float32[16] in this configuration" in text
     assert text.startswith(f"config.init_from (teacher={finished}): ")
-    required = mock.patch(
-        "cfpp.stages.build", lambda config: fake.build(config)._replace(required=("teacher",))
-    )
-    with required:
+    with mock.patch("cfpp.stages.build", asking(Parent(("fake",)))):
         assert "config.init_from.teacher is not set" in message("5")
 
 
 def test_an_unusual_parent_is_told(finished, tmp_path, caplog):
-    def build(config):
-        return fake.build(config)._replace(usual_parents={"teacher": ("ar_diffusion",)})
-
-    with mock.patch("cfpp.stages.build", build):
+    with mock.patch("cfpp.stages.build", asking(Parent(("ar_diffusion",)))):
         loop.train(fake.config(init_from={"teacher": str(finished)}, steps=1), tmp_path)
     (told,) = [r.getMessage() for r in caplog.records if "starts from one of" in r.getMessage()]
     assert told.startswith(f"config.init_from.teacher={finished} is a model of stage fake; stage")
+    with mock.patch("cfpp.stages.build", asking(Parent(("ar_diffusion",), strict=True))):
+        with pytest.raises(UserError, match=r"is a model of stage fake; give one of ar_diffusion$"):
+            loop.train(fake.config(init_from={"teacher": str(finished)}), tmp_path / "strict")
 
 
 def test_guidance_needs_a_model_that_was_trained_for_it(finished, tmp_path):
     def run(name, guided, **changes):
-        build = lambda config: fake.build(config)._replace(guided=guided)
+        build = asking(Parent(("fake",), required=False, guided=guided))
         parent = fake.config(steps=1, drop_rate=0.0)
         if not (tmp_path / "parent").exists():
             loop.train(parent, tmp_path / "parent")
@@ -273,16 +276,16 @@ def test_guidance_needs_a_model_that_was_trained_for_it(finished, tmp_path):
             loop.train(config, tmp_path / name)
 
     with pytest.raises(UserError, match=r"was trained with config\.drop_rate=0 and knows no"):
-        run("1", "teacher", guidance=2.0)
-    run("2", "teacher", guidance=1.0)
+        run("1", True, guidance=2.0)
+    run("2", True, guidance=1.0)
     # Of a stage that guides its own model, the parent's does not matter.
-    run("3", None, guidance=2.0, drop_rate=0.1)
+    run("3", False, guidance=2.0, drop_rate=0.1)
     with pytest.raises(UserError, match=r"with config\.drop_rate=0 the model learns no"):
-        run("4", None, guidance=2.0, drop_rate=0.0)
+        run("4", False, guidance=2.0, drop_rate=0.0)
     # A model may have it from its base, and so may a teacher.
     own = fake.config(guidance=2.0, drop_rate=0.0, init_from={"base": "somewhere"})
     loop.validate(own)
-    guided = fake.build(fake.config())._replace(guided="teacher")
+    guided = asking(Parent(("fake",), guided=True))(fake.config())
     child = fake.config(guidance=2.0, init_from={"teacher": "elsewhere"})
     loop.check_parents(child, guided, lambda path: own)
 
