@@ -1,8 +1,9 @@
-"""A DiT with its attention pattern, and the four ways in which it is evaluated.
+"""A DiT with its attention pattern, and the ways in which it is evaluated.
 
-Each returns a velocity field `(x, sigma) -> v` with everything else bound, which is all that the
-losses and samplers know of a network. A *condition* is a dict with `actions` int32 `[B, F]` and/or
-`text` float `[B, length, text_dim]`, according to the model.
+`bidirectional`, `teacher_forced` and `replay` return a velocity field `(x, sigma) -> v` with
+everything else bound, which is all that the losses know of a network. Rollouts call `apply`, which
+gives the keys and values for their cache too. A *condition* is a dict with `actions` int32 `[B, F]`
+and/or `text` float `[B, length, text_dim]`, according to the model.
 """
 
 import dataclasses
