@@ -215,6 +215,13 @@ def test_report_that_cannot_be_written(workdir, monkeypatch):
 # ---------------------------------------------------------------------------------------- models
 
 
+def store(monkeypatch, config, params):
+    """Makes that the model of every work directory."""
+    network = Network.create(config.model, config.pattern)
+    monkeypatch.setattr(checkpoint, "find_network", lambda path: (network, config))
+    monkeypatch.setattr(checkpoint, "load_model", lambda path: (config, params))
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_models_generate(stage, monkeypatch):
     config = common.base(stage, common.parse("smoke"))
@@ -223,7 +230,7 @@ def test_models_generate(stage, monkeypatch):
     )
     config.data.frames = 3
     params = tiny.params(Network.create(config.model, config.pattern))
-    monkeypatch.setattr(checkpoint, "load_model", lambda path: (config, params))
+    store(monkeypatch, config, params)
     job = ml_collections.ConfigDict({"stage": stage})
     row = models.find_rows({pathlib.Path("first"): job, pathlib.Path("last"): job})[-1]
     assert row.workdir.name == "last"
@@ -244,7 +251,7 @@ def test_models_generate(stage, monkeypatch):
 def test_an_undistilled_teacher_takes_the_schedule_of_its_student(monkeypatch):
     teacher, student = stage1.get_config("smoke"), stage2.get_config("smoke")
     teacher.shift, student.positions = 3.0, (1000.0, 125.0)
-    monkeypatch.setattr(checkpoint, "load_model", lambda path: (teacher, {}))
+    store(monkeypatch, teacher, {})
     monkeypatch.setattr(models.workdirs, "read_config", lambda path: student)
     folders = pathlib.Path("stage1"), pathlib.Path("stage2")
     for trained, levels in (
@@ -261,7 +268,7 @@ def test_an_undistilled_teacher_takes_the_schedule_of_its_student(monkeypatch):
 def test_a_base_of_single_frames_continues_none(monkeypatch):
     config = common.base("bidirectional", common.parse("smoke"))
     config.data.frames = 1
-    monkeypatch.setattr(checkpoint, "load_model", lambda path: (config, {}))
+    store(monkeypatch, config, {})
     (row,) = models.find_rows({pathlib.Path("x"): config})
     with pytest.raises(UserError, match=r"^x has learned single frames and can continue none$"):
         models.load(row)
