@@ -297,7 +297,7 @@ def test_damaged_data_are_told(workdir, tmp_path):
     ("group", "field", "value", "message"),
     [
         ("model", "foo", 1, "config.json is damaged, config.model: .*'foo'"),
-        ("model", "dim", "x", "config.json is damaged, config.model: model.dim is 'x'"),
+        ("model", "dim", "x", "config.json is damaged, model.dim is 'x'; it must be at least 1"),
         ("model", "dim", 48, r"is of another model: parameter .* is float32\[.*24.*\] there"),
         ("pattern", "window", None, "the model's pattern has no window"),
         ("data", "name", None, "it has no field data.name"),

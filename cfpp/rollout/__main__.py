@@ -74,9 +74,7 @@ def parse_actions(text: str, num_actions: int) -> list[int]:
     for word in text.split(","):
         action, _, times = word.strip().partition("x")
         if not (action + times).isascii() or not action.isdigit() or not (times or "1").isdigit():
-            raise UserError(
-                f"--actions: {word!r} is neither an action's number, from 0 on, nor NUMBERxTIMES"
-            )
+            raise UserError(f"--actions: {word!r} is neither a NUMBER from 0 on nor NUMBERxTIMES")
         if int(action) >= num_actions:
             raise UserError(
                 f"--actions: {action} is out of range; the model knows 0 to {num_actions - 1}"
