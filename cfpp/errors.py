@@ -59,7 +59,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """Reads the command line; of an option that is empty, as `--out=$UNSET` is, it tells."""
         options = super().parse_args(args, namespace)
         for name, value in vars(options).items():
-            if value == "" != self.get_default(name):
+            if value == "" and self.get_default(name) != "":
                 self.error(f"--{name} is empty; give it a value")
         return options
 

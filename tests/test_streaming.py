@@ -163,6 +163,12 @@ def test_starts_from_a_held_out_frame_or_from_noise(workdir, capsys):
     said = "starting from noise: an export has no held-out frames; --first_frame=PICTURE starts"
     assert capsys.readouterr().out == f"{said} from a frame\n"
     with config.unlocked():
+        config.data.name = ""  # as of Wan
+    options = command.parse([f"--workdir={workdir}"])
+    assert command.first_frames(options, config)[0].shape[1] == 0
+    assert "starting from noise: no data source ''" in capsys.readouterr().out
+    options = command.parse(["--checkpoint=export"])
+    with config.unlocked():
         config.given = 1
     command.first_frames(options, config)
     assert capsys.readouterr().out == f"{said} from a frame, as the model was trained to\n"

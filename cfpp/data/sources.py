@@ -25,7 +25,7 @@ from cfpp.errors import UserError, one_line
 
 
 class MissingError(UserError):
-    """A dataset that is not there."""
+    """A dataset that is not there, or that no source gives."""
 
 
 class Episodes:
@@ -279,8 +279,8 @@ def _recording(
     raise _unknown(data_config.name)
 
 
-def _unknown(name: str) -> UserError:
-    return UserError(
+def _unknown(name: str) -> MissingError:
+    return MissingError(
         f"no data source '{name}'{_suggest(name, ['arena'])}; "
         "give arena, atari:<game> or tfds:<dataset>"
     )
