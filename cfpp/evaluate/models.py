@@ -13,7 +13,7 @@ from etils import epath
 
 from cfpp.errors import UserError
 from cfpp.evaluate import metrics
-from cfpp.models.network import FIELDS, Network, Params
+from cfpp.models.network import Network, Params
 from cfpp.rollout import generate
 from cfpp.rollout.stream import Player
 from cfpp.train import checkpoint
@@ -101,8 +101,8 @@ def find_stages(
         if (folder / "config.json").exists()
     }
     for folder, config in begun.items():
-        fields = ("steps", "batch_size", *FIELDS, "pattern", "shift", "data.name")
-        workdirs.require(config, folder / "config.json", fields)
+        needed = ("steps", "batch_size", *checkpoint.NEEDED)
+        workdirs.require(config, folder / "config.json", needed)
     finished = {
         folder: config
         for folder, config in begun.items()

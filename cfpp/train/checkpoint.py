@@ -43,6 +43,9 @@ from cfpp.train import workdir as workdirs
 Tree = Any
 MODEL, STATE, DATA, FINGERPRINT = "model", "state", "data", "fingerprint"
 
+# What a stored configuration must have for its model to be rolled out from.
+NEEDED = (*FIELDS, "pattern", "shift", "data.name")
+
 
 def _is_news(record: LogRecord) -> bool:
     """False for Orbax's tracebacks: it raises these exceptions too, and they are told in a line."""
@@ -288,7 +291,7 @@ def find_network(path: epath.PathLike) -> tuple[Network, ml_collections.ConfigDi
     """
     folder, config = find_model(path)
     where = folder / "config.json"
-    workdirs.require(config, where, (*FIELDS, "pattern", "shift", "data.name"))
+    workdirs.require(config, where, NEEDED)
     try:
         network = Network.create(config.model, config.pattern)
     except ValueError as error:
