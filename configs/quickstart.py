@@ -19,7 +19,7 @@ JOBS = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}
 STEPS = {
     "": (150, 1800, 700, 60),
     "smoke": (4, 6, 4, 2),
-    "atari": (100, 3700, 350, 40),
+    "atari": (100, 1800, 350, 40),
     "atari_gpu": (2000, 7700, 1500, 300),
     "long": (8000, 7500, 1200, 200),
 }
