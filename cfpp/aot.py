@@ -39,7 +39,7 @@ from cfpp import stages  # noqa: E402
 from cfpp.data import pipeline  # noqa: E402
 from cfpp.models.network import Network  # noqa: E402
 from cfpp.parallel import compiled, mesh  # noqa: E402
-from cfpp.train import loop, program  # noqa: E402
+from cfpp.train import checks, program  # noqa: E402
 
 flags.DEFINE_string("topology", None, "The slice, such as v5p:4x4x4 or v5e:16x16.")
 flags.DEFINE_string("mesh", None, "Sizes as fsdp=16,context=4; otherwise those of the config.")
@@ -111,7 +111,7 @@ def compile_step(config: Config, name: str) -> Report:
       UserError: the configuration, the topology or the mesh cannot be.
     """
     chip, devices = topology.chip(name), topology.devices(name)
-    stage = loop.build_stage(config)
+    stage = checks.build_stage(config)
     device_mesh = mesh.create(config.mesh, devices)
     programs = program.create(stage, config, parent_shapes(config, stage), device_mesh)
     batch = {
@@ -280,7 +280,7 @@ def run(config: Config, name: str, sizes: str | None, sweep: bool, out: str | No
     if "jobs" in config:
         raise UserError(f"--config has several jobs, {', '.join(config.jobs)}; give one stage's")
     config = config.copy_and_resolve_references()
-    stage = loop.build_stage(config)
+    stage = checks.build_stage(config)
     devices = topology.devices(name)
     print(f"{config.stage} on {name}, {len(devices)} devices")
     tried = [mesh.sizes(sizes) if sizes else dict(config.mesh)]

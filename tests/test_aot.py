@@ -80,7 +80,7 @@ def test_the_compiler_is_missing(aot, monkeypatch):
 
 def sweep(aot, module, argument, devices):
     config = importlib.import_module(f"configs.{module}").get_config(argument)
-    return list(aot.meshes(config, aot.loop.build_stage(config), devices))
+    return list(aot.meshes(config, aot.checks.build_stage(config), devices))
 
 
 def test_meshes_of_a_sweep_divide(aot):

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
-from cfpp import evaluate, main, stages
+from cfpp import evaluate, stages
 from cfpp.data import pipeline
 from cfpp.errors import UserError
 from cfpp.models.network import Network
 from cfpp.rollout import generate
-from cfpp.train import loop
+from cfpp.train import checks, jobs
 from configs import quickstart
 
 STAGES = ("stage0", "stage1", "stage2", "stage2_ode", "stage3")
@@ -44,8 +44,8 @@ def test_actions_do_not_drown_the_noise_level():
 @pytest.mark.parametrize("stage", STAGES)
 def test_wan(stage):
     config = config_of(stage, "wan_1_3b")
-    loop.validate(config)
-    built = loop.build_stage(config)
+    checks.validate(config)
+    built = checks.build_stage(config)
     assert count(config.model, config.pattern) == WAN_1_3B
     shapes = pipeline.batch_shapes(config)
     assert shapes.keys() == {"video", "text"}
@@ -58,12 +58,12 @@ def test_wan(stage):
 
 def test_the_teacher_of_stage_3_may_be_larger():
     config = config_of("stage3", "wan_1_3b,teacher=14b")
-    stage = loop.build_stage(config)
+    stage = checks.build_stage(config)
     assert count(stage.parents["real"].model, config.pattern) == WAN_14B
     assert count(config.model, config.pattern) == WAN_1_3B
     config.init_from.critic = ""
     with pytest.raises(UserError, match="critic cannot start from a real score of another model"):
-        loop.build_stage(config)
+        checks.build_stage(config)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def first_state(config, stage):
 def test_every_stage_of_every_quickstart_can_be_built(variant):
     config = quickstart.get_config(variant).copy_and_resolve_references()
     for name in config.jobs:
-        loop.check(config[name], lambda path: config[path.removeprefix("../")])
-        state = first_state(config[name], loop.build_stage(config[name]))
+        checks.check(config[name], lambda path: config[path.removeprefix("../")])
+        state = first_state(config[name], checks.build_stage(config[name]))
         assert jax.tree.structure(state.ema) == jax.tree.structure(state.params["model"])
     evaluate.check(config.evaluate, config.stage1.data)
 
@@ -106,8 +106,8 @@ def test_every_stage_of_every_quickstart_can_be_built(variant):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_has_a_miniature(stage, arg):
     config = config_of(stage, arg)
-    loop.validate(config)
-    loop.build_stage(config)
+    checks.validate(config)
+    checks.build_stage(config)
     assert count(config.model, config.pattern) < 500_000
 
 
@@ -154,7 +154,7 @@ def test_fields_that_cannot_be(field, value, message):
     config = config_of("stage1", "")
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
-        loop.check(config, lambda path: None)
+        checks.check(config, lambda path: None)
 
 
 @pytest.mark.parametrize("field, value", [("frames", 100), ("context", 53), ("episodes", 129)])
@@ -167,5 +167,5 @@ def test_more_held_out_clips_than_will_be_recorded(field, value):
 
 def test_training_without_a_source_of_latents_is_told(tmp_path):
     with pytest.raises(UserError, match=r"config\.data\.name is empty"):
-        main.run(config_of("stage1", "wan_1_3b"), str(tmp_path / "run"))
+        jobs.run(config_of("stage1", "wan_1_3b"), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

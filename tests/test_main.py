@@ -11,12 +11,12 @@ from unittest import mock
 import ml_collections
 import pytest
 
-from cfpp import evaluate, export, main
+from cfpp import evaluate, export
 from cfpp.errors import UserError
 from cfpp.evaluate import __main__ as evaluation_command
 from cfpp.models.network import FIELDS
 from cfpp.rollout import __main__ as rollout_command
-from cfpp.train import checkpoint, loop
+from cfpp.train import checkpoint, jobs, loop
 from configs import quickstart
 from tests.train import fake
 
@@ -149,14 +149,14 @@ def job():
 
 def test_a_job_of_several_stages(job, tmp_path, capsys):
     config, evaluation = job
-    main.run(config, str(tmp_path / "job"))
+    jobs.run(config, str(tmp_path / "job"))
     assert checkpoint.is_finished(tmp_path / "job/first", 3)
     assert checkpoint.is_finished(tmp_path / "job/second", 2)
     assert evaluation.call_count == 1
 
     (tmp_path / "job").rename(tmp_path / "moved")
     capsys.readouterr()
-    main.run(config, str(tmp_path / "moved"))  # finished, wherever it is
+    jobs.run(config, str(tmp_path / "moved"))  # finished, wherever it is
     told = capsys.readouterr().out.splitlines()
     assert [line.partition(",")[0] for line in told[:2]] == ["fake: finished"] * 2
     assert told[2] == f"the report is in {tmp_path / 'moved/report'}"
@@ -168,10 +168,10 @@ def test_a_job_of_several_stages(job, tmp_path, capsys):
 
 def test_a_finished_job_evaluates_anew_with_other_settings(job, tmp_path):
     config, evaluation = job
-    main.run(config, str(tmp_path))
+    jobs.run(config, str(tmp_path))
     for frames, times in ((3, 1), (5, 2), (5, 2)):
         config.evaluate.frames = frames
-        main.run(config, str(tmp_path))
+        jobs.run(config, str(tmp_path))
         assert evaluation.call_count == times
 
 
@@ -192,20 +192,20 @@ def test_a_mistake_in_any_stage_leaves_no_trace(job, tmp_path, group, field, val
     right = config.copy_and_resolve_references()
     config[group].update({field: value})
     with pytest.raises(UserError, match=message):
-        main.run(config, str(tmp_path / "job"))
+        jobs.run(config, str(tmp_path / "job"))
     assert not (tmp_path / "job").exists()
-    main.run(right, str(tmp_path / "job"))
+    jobs.run(right, str(tmp_path / "job"))
 
 
-@pytest.mark.parametrize("jobs", [("stage0",), ("stage0", "stage1")])
-def test_data_that_cannot_be_had_leave_no_trace(tmp_path, jobs):
+@pytest.mark.parametrize("names", [("stage0",), ("stage0", "stage1")])
+def test_data_that_cannot_be_had_leave_no_trace(tmp_path, names):
     config = quickstart.get_config("smoke")
     config.stage0.data.directory = str(tmp_path / "nothing")
     config.stage0.data.name = "tfds:nothing"
-    config.jobs = jobs
-    config = config if len(jobs) > 1 else config.stage0
+    config.jobs = names
+    config = config if len(names) > 1 else config.stage0
     with pytest.raises(UserError, match="no dataset 'nothing' prepared in"):
-        main.run(config, str(tmp_path / "run"))
+        jobs.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -214,17 +214,17 @@ def test_a_parent_that_is_trained_too_late_leaves_no_trace(job, tmp_path):
     with config.unlocked():
         config.jobs = ("second", "first")
     with pytest.raises(UserError, match=r"^second: config\.init_from\.teacher: .*first "):
-        main.run(config, str(tmp_path / "job"))
+        jobs.run(config, str(tmp_path / "job"))
     assert not (tmp_path / "job").exists()
 
 
-@pytest.mark.parametrize("jobs, named", [((), "''"), (("first", "secnod"), "'secnod'")])
-def test_jobs_that_there_are_not(job, tmp_path, jobs, named):
+@pytest.mark.parametrize("names, named", [((), "''"), (("first", "secnod"), "'secnod'")])
+def test_jobs_that_there_are_not(job, tmp_path, names, named):
     config, _ = job
     with config.unlocked():
-        config.jobs = jobs
+        config.jobs = names
     with pytest.raises(UserError, match=rf"^config\.jobs has {named}; give some of first, second$"):
-        main.run(config, str(tmp_path / "job"))
+        jobs.run(config, str(tmp_path / "job"))
     assert not (tmp_path / "job").exists()
 
 
@@ -248,7 +248,7 @@ def test_a_damaged_configuration_is_told(job, tmp_path, text, message):
         with pytest.raises(UserError, match=message):
             start()
     with pytest.raises(UserError, match=r"damaged|was made with another configuration"):
-        main.run(job[0].first, str(tmp_path))
+        jobs.run(job[0].first, str(tmp_path))
 
 
 MODEL = {"model": {name.removeprefix("model."): 1 for name in FIELDS if name != "model.layers"}}
@@ -268,21 +268,21 @@ def test_a_configuration_without_what_is_needed_is_told(tmp_path):
 
 def test_a_job_of_several_stages_refuses_another_config(job, tmp_path):
     config, _ = job
-    main.run(config, str(tmp_path))
+    jobs.run(config, str(tmp_path))
     config.second.log_every = 1
     config.evaluate.frames = 4
-    main.run(config, str(tmp_path))
+    jobs.run(config, str(tmp_path))
     with pytest.raises(UserError, match="is the working directory of a job of several stages; "):
-        main.run(config.first, str(tmp_path))
+        jobs.run(config.first, str(tmp_path))
     config.first.steps = 4  # the second has started from step 3
     with pytest.raises(UserError, match=r"first\.steps was 3 and is now 4"):
-        main.run(config, str(tmp_path))
+        jobs.run(config, str(tmp_path))
 
 
 def test_an_interrupted_stage_ends_the_job(job, tmp_path):
     config, evaluation = job
     with mock.patch.object(loop, "train", return_value=False) as train:
-        main.run(config, str(tmp_path))
+        jobs.run(config, str(tmp_path))
     assert train.call_count == 1 and not evaluation.called
 
 
@@ -290,16 +290,19 @@ def test_errors_name_the_job(job, tmp_path):
     config, _ = job
     config.second.init_from.teacher = "../frist"
     with pytest.raises(UserError, match=r"^second: config\.init_from\.teacher: .*frist does not"):
-        main.run(config, str(tmp_path))
+        jobs.run(config, str(tmp_path))
 
 
-def test_paths_mean_the_same_from_everywhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_paths_mean_the_same_from_everywhere(job, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    jobs.run(fake.config(), "../runs/a")
     with mock.patch.object(loop, "train") as train:
-        main.run(fake.config(init_from={"teacher": "../runs/a"}), "runs/b")
+        jobs.run(fake.config(init_from={"teacher": "../runs/a"}), "runs/b")
     config, workdir, _ = train.call_args.args
-    assert config.init_from.teacher == str(tmp_path.parent / "runs/a")
-    assert workdir == str(tmp_path / "runs/b")
+    assert config.init_from.teacher == str(tmp_path / "runs/a")
+    assert workdir == str(here / "runs/b")
 
 
 def test_export_mistakes_are_one_line(tmp_path):

@@ -22,7 +22,7 @@ from cfpp.rollout import __main__ as command
 from cfpp.rollout import generate
 from cfpp.rollout import stream as stream_module
 from cfpp.rollout.stream import Player
-from cfpp.train import checkpoint, loop
+from cfpp.train import checkpoint, jobs
 from configs import common
 from tests import tiny
 
@@ -37,7 +37,7 @@ def workdir(tmp_path_factory):
     config.optimizer = common.optimizer("adamw", 1e-3)  # compiles faster
     config.model.update({"dim": 24, "ffn_dim": 32, "heads": 2, "unroll": 1})
     config.data.update({"directory": str(folder / "data"), "episodes": 2, "episode_frames": 16})
-    assert loop.train(config.lock(), folder / "stage1")
+    assert jobs.run(config.lock(), folder / "stage1")
     return folder / "stage1"
 
 

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cfpp import main as main_module
 from cfpp.errors import UserError, exit_on_user_error
 from cfpp.parallel import hosts, mesh
-from cfpp.train import checkpoint, loop, metrics
+from cfpp.train import checkpoint, jobs, metrics
 from tests.train import fake
 
 DEVICES = 4  # of all processes together
@@ -94,7 +94,7 @@ def fake_program(workdir, failing=(), terminated=(), pace=0.0, **changes):
         slow_down(pace)
         hosts.join(timeout=30)
         with hosts.ending_together():
-            loop.train(fake.config(**{"batch_size": 8, "steps": STEPS} | changes), workdir)
+            jobs.run(fake.config(**{"batch_size": 8, "steps": STEPS} | changes), workdir)
 
     return program
 
@@ -122,7 +122,7 @@ def divided_program(workdir, **changes):
             if checkpoint.steps(workdir / "checkpoints"):
                 rows = NamedSharding(mesh.create(config.mesh), PartitionSpec("fsdp"))
                 checkpoint.load_model(workdir, rows)
-            loop.train(config, workdir)
+            jobs.run(config, workdir)
 
     return program
 
@@ -133,9 +133,7 @@ def finished_program(workdir):
     def program(index):
         hosts.join(timeout=30)
         with hosts.ending_together():
-            loop.train(
-                fake.config(batch_size=8, steps=STEPS, log_every=1, save_every=STEPS), workdir
-            )
+            jobs.run(fake.config(batch_size=8, steps=STEPS, log_every=1, save_every=STEPS), workdir)
             if hosts.is_first():
                 checkpoint.load_model(workdir)
             hosts.meet("read")

@@ -110,7 +110,7 @@ from unittest import mock
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from cfpp.models.network import Network
-from cfpp.train import checkpoint, loop, program
+from cfpp.train import checkpoint, jobs, program
 from tests import tiny
 from tests.test_stages import tiny_config
 
@@ -157,7 +157,7 @@ with (
     mock.patch.object(checkpoint, "load_model", load),
 ):
     try:
-        loop.train(config, sys.argv[1])
+        jobs.run(config, sys.argv[1])
     except Arrived:
         print("equal")
 """

@@ -14,7 +14,7 @@ import time
 
 import jax
 
-from cfpp.train import checkpoint, loop
+from cfpp.train import checkpoint, jobs
 from tests.train import fake
 
 DIM = 256
@@ -35,7 +35,7 @@ def start(workdir: pathlib.Path) -> int:
     if child == 0:
         for patch in fake.patches(DIM):
             patch.start()
-        loop.train(fake.config(**CHANGES), workdir)
+        jobs.run(fake.config(**CHANGES), workdir)
         os._exit(0)
     return child
 

@@ -105,7 +105,7 @@ def patches(dim: int = 8):
 
 
 if __name__ == "__main__":
-    from cfpp.train import loop
+    from cfpp.train import jobs
 
     changes = {name: int(value) for name, value in (arg.split("=") for arg in sys.argv[2:])}
     dim = changes.pop("dim", 8)
@@ -115,4 +115,4 @@ if __name__ == "__main__":
     with exit_on_user_error():
         hosts.join(timeout=10)
         with hosts.ending_together():
-            loop.train(config(model={"dim": dim}, **changes), sys.argv[1])
+            jobs.run(config(model={"dim": dim}, **changes), sys.argv[1])

@@ -12,9 +12,9 @@ from etils import epath
 from fsspec.implementations.local import LocalFileSystem
 from orbax.checkpoint._src.path import gcs_utils
 
-from cfpp import export, main, media
+from cfpp import export, media
 from cfpp.errors import UserError
-from cfpp.train import checkpoint, loop
+from cfpp.train import checkpoint, jobs
 from cfpp.train import workdir as workdirs
 from tests.train import fake
 
@@ -71,12 +71,12 @@ def bucket(tmp_path, monkeypatch):
 def test_a_run_and_its_export_on_a_bucket(bucket, tmp_path, capsys):
     run = "gs://bucket/runs/a"
     with mock.patch("cfpp.train.metrics._tensorboard") as tensorboard:  # TensorFlow writes itself
-        main.run(fake.config(steps=6), run)
-        main.run(fake.config(), run)
+        jobs.run(fake.config(steps=6), run)
+        jobs.run(fake.config(), run)
     assert os.fspath(tensorboard.call_args.args[0]) == run + "/tensorboard"
     assert "continuing from step 6" in capsys.readouterr().out
     with mock.patch("cfpp.train.metrics._tensorboard"):
-        loop.train(fake.config(), tmp_path / "local")
+        jobs.run(fake.config(), tmp_path / "local")
     assert sorted(path.name for path in (bucket / "runs/a").iterdir()) == sorted(
         path.name for path in (tmp_path / "local").iterdir()
     )
@@ -84,7 +84,7 @@ def test_a_run_and_its_export_on_a_bucket(bucket, tmp_path, capsys):
     logged = (bucket / "runs/a/metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in logged] == [2, 4, 6, 8, 10, 12]
     with pytest.raises(UserError, match="gs://bucket/runs/a was made with another configuration"):
-        loop.train(fake.config(seed=1), run)
+        jobs.run(fake.config(seed=1), run)
 
     export.main([f"--workdir={run}", "--out=gs://bucket/models/a"])
     exported, local = (
@@ -93,7 +93,7 @@ def test_a_run_and_its_export_on_a_bucket(bucket, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, exported, local)
     child = fake.config(init_from={"teacher": "gs://bucket/models/a"}, steps=1)
     with mock.patch("cfpp.train.metrics._tensorboard"):
-        main.run(child, "gs://bucket/runs/b")
+        jobs.run(child, "gs://bucket/runs/b")
 
 
 def test_paths_of_a_job_relative_to_its_stages(bucket):
@@ -102,7 +102,7 @@ def test_paths_of_a_job_relative_to_its_stages(bucket):
     assert config.init_from.teacher == "gs://bucket/job/first"
     assert config.data.directory == "gs://bucket/job/data"
     with pytest.raises(UserError, match=r"directory is gs://bucket/job/data, but records are read"):
-        loop.train(config, "gs://bucket/job/second")
+        jobs.run(config, "gs://bucket/job/second")
 
 
 def test_pictures_and_videos_go_there_whole(bucket, tmp_path):

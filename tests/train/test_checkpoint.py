@@ -14,7 +14,7 @@ from etils import epath
 
 from cfpp import export
 from cfpp.errors import UserError
-from cfpp.train import checkpoint, loop, shapes
+from cfpp.train import checkpoint, jobs, shapes
 from cfpp.train import workdir as workdirs
 from tests.train import fake
 from tests.train.test_loop import final_state
@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
     patches = fake.patches(dim=64)
     for patch in patches:
         patch.start()
-    loop.train(CONFIG, workdir)
+    jobs.run(CONFIG, workdir)
     for patch in patches:
         patch.stop()
     return workdir
@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_is_passed_over(workdir, trained, caplog, item, fil
     assert (workdir / "checkpoints" / "damaged_12_1").is_dir()
 
     with fake.patches(dim=64)[2]:
-        loop.train(CONFIG, workdir)  # saves step 12 again
+        jobs.run(CONFIG, workdir)  # saves step 12 again
     assert checkpoint.steps(workdir / "checkpoints") == [8, 12]
     jax.tree.map(np.testing.assert_array_equal, restore(workdir), restore(trained))
 
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_model_is_refused(workdir):
     changed = (workdir / "config.json").read_text().replace('"dim": 64', '"dim": 16')
     (workdir / "config.json").write_text(changed)
     with pytest.raises(UserError) as error:
-        loop.train(fake.config(model={"dim": 16}, steps=13), workdir)
+        jobs.run(fake.config(model={"dim": 16}, steps=13), workdir)
     assert "parameter bias is float32[64] there and float32[16] in this" in str(error.value)
     assert str(workdir / "checkpoints" / "12") in str(error.value)
     assert checkpoint.steps(workdir / "checkpoints") == [8, 12]
@@ -169,7 +169,7 @@ def test_export_has_the_model_and_its_config(trained, tmp_path, capsys):
 
     child = fake.config(model={"dim": 64}, init_from={"teacher": str(tmp_path / "out")}, steps=1)
     with fake.patches(dim=64)[2]:
-        loop.train(child, tmp_path / "child")
+        jobs.run(child, tmp_path / "child")
 
 
 def test_paths_may_be_relative(trained, tmp_path, monkeypatch):
@@ -257,7 +257,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", save)
     with pytest.raises(UserError) as error:
-        loop.train(fake.config(keep=1), tmp_path)
+        jobs.run(fake.config(keep=1), tmp_path)
     assert "the disk is full" in str(error.value) and "\n" not in str(error.value)
     assert checkpoint.steps(tmp_path / "checkpoints") == [4]
 
@@ -282,11 +282,11 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
     config = fake.config(keep=1, model={"dim": 256})  # a checkpoint is a good megabyte
     with fake.patches(dim=256)[2]:
         with pytest.raises(UserError) as error:
-            loop.train(config, small_disk / "run")
+            jobs.run(config, small_disk / "run")
         assert "the disk is full; the last complete one is of step 4" in str(error.value)
         remount = ["mount", "-o", "remount,size=100m", small_disk]
         subprocess.run(remount, check=True)
-        assert loop.train(config, small_disk / "run")
-        assert loop.train(config, tmp_path / "undisturbed")
+        assert jobs.run(config, small_disk / "run")
+        assert jobs.run(config, tmp_path / "undisturbed")
         a, b = (final_state(w, config) for w in (small_disk / "run", tmp_path / "undisturbed"))
     jax.tree.map(np.testing.assert_array_equal, a, b)

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cfpp.data import sources
 from cfpp.errors import UserError
 from cfpp.stages import Parent
-from cfpp.train import checkpoint, loop, program, samples
+from cfpp.train import checkpoint, checks, jobs, program, samples
 from cfpp.train import workdir as workdirs
 from tests.train import crash, fake
 
@@ -32,7 +34,7 @@ def final_state(workdir, config=None):
     config = config or fake.config()
     stage = fake.build(config)
     template = jax.eval_shape(
-        stage.init, jax.random.key(0), loop.parents(config, checkpoint.model_shapes)
+        stage.init, jax.random.key(0), checks.parents(config, checkpoint.model_shapes)
     )
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(lambda x: x.update(sharding=device), template)
@@ -58,7 +60,7 @@ def finished(tmp_path_factory):
     patches = fake.patches()
     for patch in patches:
         patch.start()
-    assert loop.train(fake.config(), workdir)
+    assert jobs.run(fake.config(), workdir)
     for patch in patches:
         patch.stop()
     return workdir
@@ -74,7 +76,7 @@ def test_a_run_leaves_checkpoints_metrics_and_its_config(finished):
 
 
 def test_logged_metrics_are_means_over_the_steps_between(finished, tmp_path):
-    loop.train(fake.config(log_every=1), tmp_path)
+    jobs.run(fake.config(log_every=1), tmp_path)
     single = [row["loss"] for row in rows(tmp_path)]
     means = np.reshape(single, (-1, 2)).mean(axis=1)
     np.testing.assert_allclose([row["loss"] for row in rows(finished)], means, rtol=1e-6)
@@ -82,14 +84,14 @@ def test_logged_metrics_are_means_over_the_steps_between(finished, tmp_path):
 
 def test_a_finished_run_returns_at_once(finished, capsys):
     with mock.patch("cfpp.data.sources.prepare", side_effect=AssertionError):
-        assert loop.train(fake.config(), finished)
+        assert jobs.run(fake.config(), finished)
     assert "finished, all 12 steps" in capsys.readouterr().out
 
 
 def test_a_longer_run_goes_on_to_the_same_bits(tmp_path):
-    assert loop.train(fake.config(steps=7), tmp_path / "once")
-    assert loop.train(fake.config(steps=5, log_every=1), tmp_path / "twice")
-    assert loop.train(fake.config(steps=7), tmp_path / "twice")
+    assert jobs.run(fake.config(steps=7), tmp_path / "once")
+    assert jobs.run(fake.config(steps=5, log_every=1), tmp_path / "twice")
+    assert jobs.run(fake.config(steps=7), tmp_path / "twice")
     a, b = final_state(tmp_path / "once"), final_state(tmp_path / "twice")
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -112,12 +114,12 @@ def test_sigterm_saves_and_the_next_start_continues(finished, tmp_path, capsys):
         return data
 
     with mock.patch("cfpp.data.pipeline.train_batches", terminating):
-        assert not loop.train(fake.config(), tmp_path)
+        assert not jobs.run(fake.config(), tmp_path)
     out = capsys.readouterr().out
     assert "interrupted at step 5, saved; run the same command to continue" in out
     assert checkpoint.steps(tmp_path / "checkpoints") == [4, 5]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert loop.train(fake.config(), tmp_path)
+    assert jobs.run(fake.config(), tmp_path)
     assert "continuing from step 5" in capsys.readouterr().out
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), final_state(finished))
 
@@ -134,10 +136,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
 
 
 def test_rows_after_the_checkpoint_are_dropped(finished, tmp_path):
-    loop.train(fake.config(steps=4), tmp_path)
+    jobs.run(fake.config(steps=4), tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "loss": 0.0}\n{"step": 8, "lo')
-    loop.train(fake.config(), tmp_path)
+    jobs.run(fake.config(), tmp_path)
     assert logged_steps(tmp_path) == [2, 4, 6, 8, 10, 12]
     assert_same_run(tmp_path, finished)
 
@@ -146,7 +148,7 @@ def test_rows_after_the_checkpoint_are_dropped(finished, tmp_path):
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, fault, what):
     step = 7 if what == "loss" else 8  # a ruined state is seen when it would be saved
     with pytest.raises(UserError) as error:
-        loop.train(fake.config(**{fault: step}), tmp_path)
+        jobs.run(fake.config(**{fault: step}), tmp_path)
     assert f"the {what} is not finite at step {step}" in str(error.value)
     assert str(tmp_path / "checkpoints" / "4") in str(error.value)
     assert checkpoint.steps(tmp_path / "checkpoints") == [4]
@@ -154,32 +156,32 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, fault, wh
 
 def test_divergence_is_seen_before_saving_though_not_logged(tmp_path):
     with pytest.raises(UserError, match="the loss is not finite at step 3"):
-        loop.train(fake.config(bad_loss_at=3, log_every=100), tmp_path)
+        jobs.run(fake.config(bad_loss_at=3, log_every=100), tmp_path)
     assert checkpoint.steps(tmp_path / "checkpoints") == []
 
 
 def test_a_workdir_of_another_config_is_refused(finished):
     with pytest.raises(UserError, match=r"another configuration: model.dim was 8 and is now 16"):
-        loop.train(fake.config(model={"dim": 16}), finished)
+        jobs.run(fake.config(model={"dim": 16}), finished)
     with pytest.raises(UserError, match=r"made for 12 steps and config.steps is now 3"):
-        loop.train(fake.config(steps=3), finished)
-    assert loop.train(fake.config(mesh={"data": 1}), finished)  # the mesh may be another
+        jobs.run(fake.config(steps=3), finished)
+    assert jobs.run(fake.config(mesh={"data": 1}), finished)  # the mesh may be another
     without = fake.config().copy_and_resolve_references().unlock()
     del without.bad_loss_at
     with pytest.raises(UserError, match="bad_loss_at was -1 and is now absent"):
-        loop.train(without, finished)
+        jobs.run(without, finished)
 
 
 def test_two_jobs_do_not_train_in_one_workdir(tmp_path):
     with workdirs.alone(tmp_path), pytest.raises(UserError, match="another job is training in /"):
-        loop.train(fake.config(steps=1), tmp_path)
-    assert loop.train(fake.config(steps=1), tmp_path)
+        jobs.run(fake.config(steps=1), tmp_path)
+    assert jobs.run(fake.config(steps=1), tmp_path)
 
 
 def test_checkpoints_without_a_config_are_not_overwritten(tmp_path):
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     with pytest.raises(UserError, match=r"has checkpoints but no config\.json"):
-        loop.train(fake.config(), tmp_path)
+        jobs.run(fake.config(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -197,14 +199,14 @@ def test_numbers_out_of_range(tmp_path, name, value, wanted):
     for group in reversed(name.split(".")):
         changes = {group: changes}
     with pytest.raises(UserError) as error:
-        loop.train(fake.config(**changes), tmp_path / "run")
+        jobs.run(fake.config(**changes), tmp_path / "run")
     assert f"config.{name} is {value}; it must be {wanted}" in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
 def test_unknown_stage(tmp_path):
     with pytest.raises(UserError, match=r"config\.stage must be fake, got 'nonsense'"):
-        loop.train(fake.config(stage="nonsense"), tmp_path)
+        jobs.run(fake.config(stage="nonsense"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -215,12 +217,12 @@ def test_unknown_stage(tmp_path):
 def test_a_workdir_that_cannot_be_made(tmp_path, workdir, message):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"{message}; choose another --workdir"):
-        loop.train(fake.config(), tmp_path / workdir)
+        jobs.run(fake.config(), tmp_path / workdir)
 
 
 def test_parents_are_what_the_stage_starts_from(finished, tmp_path):
     config = fake.config(init_from={"teacher": str(finished)}, steps=1)
-    loop.train(config, tmp_path)
+    jobs.run(config, tmp_path)
     _, teacher = checkpoint.load_model(finished)
     frozen = final_state(tmp_path, config)[0].frozen["teacher"]
     jax.tree.map(np.testing.assert_array_equal, frozen, teacher)
@@ -234,33 +236,37 @@ def asking(teacher):
 def test_bad_parents(finished, tmp_path):
     def message(workdir, **changes):
         with pytest.raises(UserError) as error:
-            loop.train(fake.config(**changes), tmp_path / workdir)
+            jobs.run(fake.config(**changes), tmp_path / workdir)
         return str(error.value)
 
     missing = str(tmp_path / "missing")
     text = message("1", init_from={"teacher": missing})
     assert text.startswith(f"config.init_from.teacher: {missing} does not exist")
-    assert not (tmp_path / "1").exists()  # a mistake leaves no trace
     (tmp_path / "empty").mkdir()
     text = message("2", init_from={"teacher": str(tmp_path / "empty")})
     assert "has no config.json" in text
     text = message("3", init_from={"techer": str(finished)})
     assert "config.init_from.techer is no parent of stage fake, which takes teacher" in text
     text = message("4", init_from={"teacher": str(finished)}, model={"dim": 16})
+    assert text.startswith(f"config.init_from.teacher={finished} has model.dim=8; this")
+    another = shutil.copytree(finished, tmp_path / "another")
+    workdirs.write_config(fake.config(model={"dim": 16}), another)  # not that of its parameters
+    text = message("6", init_from={"teacher": str(another)}, model={"dim": 16})
     assert "parameter bias is float32[8] there and float32[16] in this configuration" in text
-    assert text.startswith(f"config.init_from (teacher={finished}): ")
+    assert text.startswith(f"config.init_from (teacher={another}): ")
+    assert not any((tmp_path / name).exists() for name in "12346")  # a mistake leaves no trace
     with mock.patch("cfpp.stages.build", asking(Parent(("fake",)))):
         assert "config.init_from.teacher is not set" in message("5")
 
 
 def test_an_unusual_parent_is_told(finished, tmp_path, caplog):
     with mock.patch("cfpp.stages.build", asking(Parent(("ar_diffusion",)))):
-        loop.train(fake.config(init_from={"teacher": str(finished)}, steps=1), tmp_path)
+        jobs.run(fake.config(init_from={"teacher": str(finished)}, steps=1), tmp_path)
     (told,) = [r.getMessage() for r in caplog.records if "starts from one of" in r.getMessage()]
     assert told.startswith(f"config.init_from.teacher={finished} is a model of stage fake; stage")
     with mock.patch("cfpp.stages.build", asking(Parent(("ar_diffusion",), strict=True))):
         with pytest.raises(UserError, match=r"is a model of stage fake; give one of ar_diffusion$"):
-            loop.train(fake.config(init_from={"teacher": str(finished)}), tmp_path / "strict")
+            jobs.run(fake.config(init_from={"teacher": str(finished)}), tmp_path / "strict")
 
 
 def test_guidance_needs_a_model_that_was_trained_for_it(finished, tmp_path):
@@ -268,12 +274,12 @@ def test_guidance_needs_a_model_that_was_trained_for_it(finished, tmp_path):
         build = asking(Parent(("fake",), required=False, guided=guided))
         parent = fake.config(steps=1, drop_rate=0.0)
         if not (tmp_path / "parent").exists():
-            loop.train(parent, tmp_path / "parent")
+            jobs.run(parent, tmp_path / "parent")
         with mock.patch("cfpp.stages.build", build):
             config = fake.config(
                 steps=1, init_from={"teacher": str(tmp_path / "parent")}, **changes
             )
-            loop.train(config, tmp_path / name)
+            jobs.run(config, tmp_path / name)
 
     with pytest.raises(UserError, match=r"was trained with config\.drop_rate=0 and knows no"):
         run("1", True, guidance=2.0)
@@ -284,10 +290,10 @@ def test_guidance_needs_a_model_that_was_trained_for_it(finished, tmp_path):
         run("4", False, guidance=2.0, drop_rate=0.0)
     # A model may have it from its base, and so may a teacher.
     own = fake.config(guidance=2.0, drop_rate=0.0, init_from={"base": "somewhere"})
-    loop.validate(own)
+    checks.validate(own)
     guided = asking(Parent(("fake",), guided=True))(fake.config())
     child = fake.config(guidance=2.0, init_from={"teacher": "elsewhere"})
-    loop.check_parents(child, guided, lambda path: own)
+    checks.check_parents(child, guided, lambda path: own)
 
 
 def test_a_field_that_a_parent_leaves_out_has_the_default():
@@ -295,29 +301,38 @@ def test_a_field_that_a_parent_leaves_out_has_the_default():
     child = lambda base: fake.config(init_from=named, model={"rotary_base": base})
     parent = fake.config(model={"gate_init": 0.0}).unlock()
     del parent.model.rotary_base
-    loop.check_parents(child(10000.0), stage, lambda path: parent)
+    checks.check_parents(child(10000.0), stage, lambda path: parent)
     with pytest.raises(UserError, match=r"has model\.rotary_base=10000\.0; .* should have 100\.0$"):
-        loop.check_parents(child(100.0), stage, lambda path: parent)
+        checks.check_parents(child(100.0), stage, lambda path: parent)
 
 
 def test_a_finished_run_whose_checkpoint_was_doubted_ends_too(tmp_path):
     """As where the model does not fit on the one device that the check reads it to."""
-    loop.train(fake.config(), tmp_path)
-    with mock.patch.object(loop.checkpoint, "is_finished", return_value=False):
-        assert loop.train(fake.config(), tmp_path)
+    jobs.run(fake.config(), tmp_path)
+    with mock.patch.object(checkpoint, "is_finished", return_value=False):
+        assert jobs.run(fake.config(), tmp_path)
+
+
+def test_a_finished_run_needs_its_data_no_more(tmp_path):
+    jobs.run(fake.config(), tmp_path)
+    gone = UserError("recording needs the package ale-py")
+    with mock.patch.object(sources, "check", side_effect=gone):
+        assert jobs.run(fake.config(), tmp_path)
+        with pytest.raises(UserError, match="ale-py"):
+            jobs.run(fake.config(steps=13), tmp_path)
 
 
 def test_a_profile_of_too_few_steps_is_none(tmp_path, caplog):
-    loop.train(fake.config(), tmp_path, profile=True)
+    jobs.run(fake.config(), tmp_path, profile=True)
     assert "--profile records steps 10 to 15, but only 12 are left" in caplog.text
     assert not list(tmp_path.glob("**/plugins/profile"))
 
 
 def test_a_parent_of_another_pattern_is_told(finished, tmp_path, caplog):
     changes = {"init_from": {"teacher": str(finished)}, "steps": 1}
-    loop.train(fake.config(**changes), tmp_path / "same")
+    jobs.run(fake.config(**changes), tmp_path / "same")
     assert "config.pattern" not in caplog.text
-    loop.train(fake.config(**changes, pattern={"chunk": 3}), tmp_path / "other")
+    jobs.run(fake.config(**changes, pattern={"chunk": 3}), tmp_path / "other")
     assert re.search("trained with config.pattern {'chunk': 1, .*, not {'chunk': 3, ", caplog.text)
 
 
@@ -329,7 +344,7 @@ def test_samples_that_cannot_be_drawn_are_told_before_training(tmp_path):
         samples.check(fake.config(sample_every=0))
     config = fake.config(sample_every=5, pattern={"chunk": 1, "window": None})
     with pytest.raises(UserError, match=r"config\.pattern\.window is None, but sample videos"):
-        loop.train(config, tmp_path / "run")
+        jobs.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -338,26 +353,26 @@ def test_a_window_without_history_is_refused():
     pattern = {"chunk": 3, "window": 4, "sink": 1}
     told = "window is 4: with a sink of 1 and chunks of 3 frames no chunk sees .* at least 5$"
     with pytest.raises(UserError, match=told):
-        loop.validate(fake.config(pattern=pattern))
-    loop.validate(fake.config(pattern=pattern | {"window": 5}))
-    loop.validate(fake.config(pattern=pattern | {"chunk": None}))  # `Pattern` refuses that
+        checks.validate(fake.config(pattern=pattern))
+    checks.validate(fake.config(pattern=pattern | {"window": 5}))
+    checks.validate(fake.config(pattern=pattern | {"chunk": None}))  # `Pattern` refuses that
 
 
 def test_samples_are_asked_for(tmp_path):
-    with mock.patch.object(loop, "samples") as asked:
-        loop.train(fake.config(sample_every=5), tmp_path)
-    assert asked.check.called
-    assert [call.args[2] for call in asked.draw.call_args_list] == [5, 10, 12]
-    with mock.patch.object(loop, "samples") as asked:
-        loop.train(fake.config(sample_every=0), tmp_path / "none")
-    assert not asked.draw.called
+    with mock.patch.object(samples, "check") as check, mock.patch.object(samples, "draw") as draw:
+        jobs.run(fake.config(sample_every=5), tmp_path)
+    assert check.called
+    assert [call.args[2] for call in draw.call_args_list] == [5, 10, 12]
+    with mock.patch.object(samples, "draw") as draw:
+        jobs.run(fake.config(sample_every=0), tmp_path / "none")
+    assert not draw.called
 
 
 def test_donated_buffers_do_not_reach_the_disk(tmp_path):
     """Steps go on while a checkpoint is being written: it must be of the step that it says."""
     config = fake.config(steps=6, save_every=1, keep=6, model={"dim": 512})
     with fake.patches(512)[2]:
-        loop.train(config, tmp_path)
+        jobs.run(config, tmp_path)
     data = fake.train_batches(config.data, config.batch_size, config.seed)
     with fake.patches(512)[2]:
         data = fake.train_batches(config.data, config.batch_size, config.seed)

@@ -1,0 +1,240 @@
+"""What a stage's configuration may be: told before anything is recorded, claimed or trained."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+from absl import logging
+from flax import traverse_util
+
+from cfpp import stages
+from cfpp.data import sources
+from cfpp.errors import UserError
+from cfpp.models.dit import DiT
+from cfpp.parallel import mesh
+from cfpp.train import program
+
+MOST = 2**31 - 1  # of whole numbers: a state counts in 32 bits
+BELOW_1 = 1 - 1e-6  # of averages, which at 1 would never move
+
+OPTIMIZER_RANGES = {
+    "rate": (0.0, 10.0),
+    "adam_rate": (0.0, 10.0),
+    "b1": (0.0, BELOW_1),
+    "b2": (0.0, BELOW_1),
+    "weight_decay": (0.0, 10.0),
+    "clip": (1e-6, 1e9),
+    "warmup": (0, MOST),
+    "final_rate": (0.0, 1.0),
+}
+
+# Numbers of a stage's configuration, where it has them: the least and the greatest. What a model
+# needs besides is checked where it is built.
+RANGES = {
+    "steps": (1, MOST),
+    "batch_size": (1, MOST),
+    "accumulate": (1, MOST),
+    "seed": (0, 2**32 - 1),
+    "log_every": (1, MOST),
+    "save_every": (1, MOST),
+    "sample_every": (0, MOST),
+    "keep": (1, MOST),
+    "draws": (1, 64),
+    "shift": (0.01, 100.0),
+    "score_shift": (0.01, 100.0),
+    "sigma_floor": (0.0, 1.0),
+    "drop_rate": (0.0, 1.0),
+    "given_rate": (0.0, 1.0),
+    "grid_steps": (1, 1000),
+    "guidance": (0.0, 100.0),
+    "ema.decay": (0.0, BELOW_1),
+    "ema.start": (0, MOST),
+    "data.frames": (1, MOST),
+    "data.text_tokens": (0, MOST),
+    "data.workers": (0, 1024),
+    "data.episodes": (1, MOST),
+    "data.episode_frames": (1, MOST),
+    "model.rotary_base": (1.0, 1e9),
+    "model.gate_init": (-100.0, 100.0),
+    **{f"optimizer.{name}": limits for name, limits in OPTIMIZER_RANGES.items()},
+    **{f"critic_optimizer.{name}": limits for name, limits in OPTIMIZER_RANGES.items()},
+}
+
+# Fields of a model that its parents need not share.
+OWN_FIELDS = ("dtype", "cache_dtype", "attention", "remat", "unroll", "gate_init")
+
+
+def check(
+    config: ml_collections.ConfigDict, find: Callable[[str], ml_collections.ConfigDict]
+) -> None:
+    """Checks a stage as far as that goes without its data and a working directory.
+
+    Args:
+      config: of the stage.
+      find: the configuration of a parent by its path: it may not have been trained yet.
+
+    Raises:
+      UserError: something in the configuration cannot be.
+    """
+    validate(config)
+    sources.check(config.data)
+    stage = build_stage(config)
+    program.divide(stage, config, mesh.create(config.mesh))
+    check_parents(config, stage, find)
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks the numbers that stages have in common, and that data and model fit one another.
+
+    Raises:
+      UserError: names the first that is out of range.
+    """
+    fields = traverse_util.flatten_dict(config.to_dict(), sep=".")
+    for name, (low, high) in RANGES.items():
+        if name in fields and not low <= fields[name] <= high:
+            wanted = f"at least {low}" if fields[name] < low else f"from {low} to {high}"
+            raise UserError(f"config.{name} is {fields[name]}; it must be {wanted}")
+    for name in ("height", "width", "num_actions"):
+        if config.model[name] != config.data[name]:
+            raise UserError(
+                f"config.model.{name} is {config.model[name]} and config.data.{name} is "
+                f"{config.data[name]}; they must be the same"
+            )
+    chunk, window, sink = config.pattern.chunk, config.pattern.window, config.pattern.sink
+    is_causal = config.stage != "bidirectional"
+    if is_causal and config.sample_every and window is None:
+        raise UserError(
+            "config.pattern.window is None, but sample videos are streamed in a window; give one, "
+            "or set config.sample_every=0"
+        )
+    if is_causal and None not in (window, chunk) and window <= sink + chunk:
+        raise UserError(
+            f"config.pattern.window is {window}: with a sink of {sink} and chunks of {chunk} "
+            f"frames no chunk sees the frame before it; give at least {sink + chunk + 1}"
+        )
+    if fields.get("guidance", 1.0) != 1.0 and is_untaught(config):
+        raise UserError(
+            f"config.guidance is {config.guidance}, but with config.drop_rate=0 the model learns "
+            "no unconditional prediction; use guidance 1, or drop the condition of some clips"
+        )
+    # All sources that there are give pixels, and no texts; without one a job is for `cfpp.aot`.
+    for name, value in {
+        "data.latents": False,
+        "data.text_tokens": 0,
+        "model.text_dim": 0,
+        "model.channels": 3,
+    }.items():
+        if config.data.name and fields[name] != value:
+            raise UserError(
+                f"config.{name} is {fields[name]}, but {config.data.name} gives RGB pixels and no "
+                f"text; it must be {value}"
+            )
+    is_recorded = not config.data.name.startswith("tfds:")
+    if is_recorded and config.data.frames > config.data.episode_frames:
+        raise UserError(
+            f"config.data.frames is {config.data.frames}, but episodes have "
+            f"{config.data.episode_frames} frames (config.data.episode_frames); give fewer"
+        )
+
+
+def is_untaught(config: ml_collections.ConfigDict) -> bool:
+    """Whether a model learns no unconditional prediction, unless its base has before."""
+    return config.get("drop_rate") == 0.0 and not config.init_from.get("base")
+
+
+def build_stage(config: ml_collections.ConfigDict) -> stages.Stage:
+    """The stage of a configuration, whose parents are all named.
+
+    Raises:
+      UserError: there is no such stage, a value it cannot use, or a parent too many or too few.
+    """
+    try:
+        stage = stages.build(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for role in config.init_from:
+        if role not in stage.parents:
+            raise UserError(
+                f"config.init_from.{role} is no parent of stage {config.stage}, which takes "
+                f"{', '.join(stage.parents) or 'none'}"
+            )
+    for role, parent in stage.parents.items():
+        if parent.required and not config.init_from.get(role):
+            raise UserError(
+                f"config.init_from.{role} is not set; give the working directory or the export "
+                f"of the {role} that stage {config.stage} starts from"
+            )
+    return stage
+
+
+def parents(
+    config: ml_collections.ConfigDict, load: Callable[..., Any], *more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Loads the parents of `config.init_from` by role.
+
+    Args:
+      config: of a stage.
+      load: called with a parent's path, and with what each of `more` has for its role.
+      *more: values by role.
+
+    Raises:
+      UserError: one of them cannot be loaded.
+    """
+    loaded = {}
+    for role, path in config.init_from.items():
+        try:
+            if path:
+                loaded[role] = load(path, *(values[role] for values in more))
+        except UserError as error:
+            raise UserError(f"config.init_from.{role}: {error}") from error
+    return loaded
+
+
+def check_parents(
+    config: ml_collections.ConfigDict,
+    stage: stages.Stage,
+    find: Callable[[str], ml_collections.ConfigDict],
+) -> None:
+    """Checks what the shapes of parameters do not tell: that parents are used as they were trained.
+
+    Args:
+      config: of the stage.
+      stage: what it builds.
+      find: the configuration of a parent by its path.
+
+    Raises:
+      UserError: a parent of another architecture or stage, or guidance that it was not trained for.
+        Of an unusual stage, or another attention pattern, it is told: that may be an ablation.
+    """
+    for role, parent in parents(config, find).items():
+        where = f"config.init_from.{role}={config.init_from[role]}"
+        asked = stage.parents[role]
+        model = asked.model or config.model
+        for name in sorted({*parent.model, *model} - set(OWN_FIELDS)):
+            # What is left out has the network's default.
+            theirs, own = (m.get(name, getattr(DiT, name, None)) for m in (parent.model, model))
+            if theirs != own:
+                raise UserError(
+                    f"{where} has model.{name}={theirs!r}; this configuration's {role} should have "
+                    f"{own!r}"
+                )
+        usual = " or ".join(asked.stages)
+        if parent.stage not in asked.stages:
+            if asked.strict:
+                raise UserError(f"{where} is a model of stage {parent.stage}; give one of {usual}")
+            logging.warning(
+                "%s is a model of stage %s; stage %s starts from one of %s, and from another only "
+                "to see what comes of it",
+                where,
+                parent.stage,
+                config.stage,
+                usual,
+            )
+        if asked.guided and config.guidance != 1.0 and is_untaught(parent):
+            raise UserError(
+                f"config.guidance is {config.guidance}, but {where} was trained with "
+                "config.drop_rate=0 and knows no unconditional prediction; use guidance 1"
+            )
+        theirs, own = parent.pattern.to_dict(), config.pattern.to_dict()
+        if parent.stage != "bidirectional" and theirs != own:
+            logging.warning("%s was trained with config.pattern %s, not %s", where, theirs, own)
