@@ -21,7 +21,6 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from absl import app, flags, logging
 
@@ -31,13 +30,11 @@ from cfpp.parallel import topology
 
 topology.prepare_environment()
 
-import flax.linen as nn  # noqa: E402
 import jax  # noqa: E402
 import ml_collections  # noqa: E402
 
 from cfpp import stages  # noqa: E402
 from cfpp.data import pipeline  # noqa: E402
-from cfpp.models.network import Network  # noqa: E402
 from cfpp.parallel import compiled, mesh  # noqa: E402
 from cfpp.train import checks, program  # noqa: E402
 
@@ -94,16 +91,6 @@ class Report:
         return max(self.compute_seconds, self.communication_seconds)
 
 
-def parent_shapes(config: Config, stage: stages.Stage) -> dict[str, Any]:
-    """The shapes of the parents that a stage would load, by role."""
-
-    def shapes(role):
-        model = stage.parents[role].model or config.model
-        return nn.meta.unbox(Network.create(model, config.pattern).shapes())
-
-    return {role: shapes(role) for role, path in config.init_from.items() if path}
-
-
 def compile_step(config: Config, name: str) -> Report:
     """Compiles the training step of a stage for a topology such as 'v5p:4x4x4'.
 
@@ -113,7 +100,7 @@ def compile_step(config: Config, name: str) -> Report:
     chip, devices = topology.chip(name), topology.devices(name)
     stage = checks.build_stage(config)
     device_mesh = mesh.create(config.mesh, devices)
-    programs = program.create(stage, config, parent_shapes(config, stage), device_mesh)
+    programs = program.create(stage, config, program.parent_shapes(stage, config), device_mesh)
     batch = {
         key: shape.update(sharding=programs.batch)
         for key, shape in pipeline.batch_shapes(config).items()
@@ -190,7 +177,7 @@ def _gib(count: float) -> str:
 
 def meshes(config: Config, stage: stages.Stage, devices: int) -> Iterator[dict[str, int]]:
     """The meshes over which a stage and its parents divide, up to the `LARGEST` sizes."""
-    models = (config.model, *(parent.model or config.model for parent in stage.parents.values()))
+    models = (config.model, *(parent.model for parent in stage.parents.values()))
     models = [mesh.divided(model) for model in models]
     divides = lambda axis, ways: not any(model[axis][0] % ways for model in models)
     tensors = [size for size in range(1, LARGEST["tensor"] + 1) if divides("tensor", size)]
@@ -280,19 +267,19 @@ def run(config: Config, name: str, sizes: str | None, sweep: bool, out: str | No
     if "jobs" in config:
         raise UserError(f"--config has several jobs, {', '.join(config.jobs)}; give one stage's")
     config = config.copy_and_resolve_references()
-    stage = checks.build_stage(config)
     devices = topology.devices(name)
     print(f"{config.stage} on {name}, {len(devices)} devices")
     tried = [mesh.sizes(sizes) if sizes else dict(config.mesh)]
     if sweep:
-        tried = list(meshes(config, stage, len(devices)))
+        tried = list(meshes(config, checks.build_stage(config), len(devices)))
         if not tried:
             raise UserError(
                 f"no mesh of {len(devices)} chips divides config.batch_size {config.batch_size} by "
                 "data and fsdp and the models by context and tensor"
             )
     reports = []
-    for config.mesh in tried:
+    for axes in tried:
+        config.mesh = axes
         try:
             report = compile_step(config, name)
         except Exception as error:

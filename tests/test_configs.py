@@ -14,7 +14,7 @@ from cfpp.data import pipeline
 from cfpp.errors import UserError
 from cfpp.models.network import Network
 from cfpp.rollout import generate
-from cfpp.train import checks, jobs
+from cfpp.train import checks, jobs, program
 from configs import quickstart
 
 STAGES = ("stage0", "stage1", "stage2", "stage2_ode", "stage3")
@@ -83,12 +83,7 @@ def test_arguments_that_cannot_be(stage, arg, message):
 
 def first_state(config, stage):
     """The shapes of a stage's first state, from parents of the right shapes."""
-
-    def shapes(role):
-        model = stage.parents[role].model or config.model
-        return nn.meta.unbox(Network.create(model, config.pattern).shapes())
-
-    parents = {role: shapes(role) for role, path in config.init_from.items() if path}
+    parents = program.parent_shapes(stage, config)
     return nn.meta.unbox(jax.eval_shape(stage.init, jax.random.key(0), parents))
 
 

@@ -59,5 +59,5 @@ def build(config) -> Stage:
         state, metrics = descend(state, "model", transform, loss, inputs, config.accumulate)
         return advance(state, config), metrics
 
-    base = Parent(("bidirectional", "ar_diffusion"), required=False)
+    base = Parent(("bidirectional", "ar_diffusion"), config.model, required=False)
     return Stage(init, step, {"base": base})

@@ -55,4 +55,5 @@ def build(config) -> Stage:
         state, metrics = descend(state, "model", transform, loss, inputs, config.accumulate)
         return advance(state, config), metrics
 
-    return Stage(init, step, {"base": Parent(("bidirectional",), required=False)})
+    base = Parent(("bidirectional",), config.model, required=False)
+    return Stage(init, step, {"base": base})

@@ -141,4 +141,5 @@ def build(config) -> Stage:
         return advance(state, config), metrics
 
     # From a bidirectional teacher it can be tried too, as an ablation of the paper does.
-    return Stage(init, step, {"teacher": Parent(("ar_diffusion",), guided=True)})
+    teacher = Parent(("ar_diffusion",), config.model, guided=True)
+    return Stage(init, step, {"teacher": teacher})

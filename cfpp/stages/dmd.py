@@ -277,8 +277,8 @@ def build(config) -> Stage:
 
     origin = {"bidirectional": "bidirectional", "causal": "ar_diffusion"}[config.real_score]
     parents = {
-        "student": Parent(("consistency", "ode")),
-        "real": Parent((origin,), strict=True, model=real_model, guided=True),
-        "critic": Parent((origin,), required=False),
+        "student": Parent(("consistency", "ode"), config.model),
+        "real": Parent((origin,), real_model, strict=True, guided=True),
+        "critic": Parent((origin,), config.model, required=False),
     }
     return Stage(init, step, parents)

@@ -1,6 +1,5 @@
 """What all stages share: their state, their interface, and the optimizer's update."""
 
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,17 +45,17 @@ class Parent(NamedTuple):
     Attributes:
       stages: those that it comes from in the recipe. From another it may come too, to see what
         comes of it, unless the parent is `strict`.
+      model: its `config.model`.
       required: whether it must be given.
       strict: see `stages`.
-      model: its `config.model`, where that may differ from the stage's own.
       guided: whether `config.guidance` is for it. If it is for no parent, it is for the stage's own
         model.
     """
 
     stages: tuple[str, ...]
+    model: ml_collections.ConfigDict
     required: bool = True
     strict: bool = False
-    model: ml_collections.ConfigDict | None = None
     guided: bool = False
 
 
@@ -72,7 +71,7 @@ class Stage(NamedTuple):
 
     init: Callable[[jax.Array, dict[str, Params]], State]
     step: Callable[[State, dict[str, jax.Array], jax.Array], tuple[State, Metrics]]
-    parents: Mapping[str, Parent] = types.MappingProxyType({})
+    parents: Mapping[str, Parent]
 
 
 def check_choice(field: str, value: str, choices: Sequence[str]) -> None:

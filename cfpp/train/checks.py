@@ -209,10 +209,11 @@ def check_parents(
     for role, parent in parents(config, find).items():
         where = f"config.init_from.{role}={config.init_from[role]}"
         asked = stage.parents[role]
-        model = asked.model or config.model
-        for name in sorted({*parent.model, *model} - set(OWN_FIELDS)):
+        for name in sorted({*parent.model, *asked.model} - set(OWN_FIELDS)):
             # What is left out has the network's default.
-            theirs, own = (m.get(name, getattr(DiT, name, None)) for m in (parent.model, model))
+            theirs, own = (
+                m.get(name, getattr(DiT, name, None)) for m in (parent.model, asked.model)
+            )
             if theirs != own:
                 raise UserError(
                     f"{where} has model.{name}={theirs!r}; this configuration's {role} should have "

@@ -12,6 +12,7 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cfpp import stages
+from cfpp.models.network import Network
 from cfpp.parallel import mesh
 
 INIT = 2**32 - 1  # folded into the run's key for the first state; no step has this number
@@ -47,6 +48,16 @@ class Program(NamedTuple):
     step: Callable
 
 
+def parent_shapes(stage: stages.Stage, config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The shapes of the parents' parameters that a stage would load, by role."""
+
+    def shapes(role):
+        model = stage.parents[role].model
+        return nn.meta.unbox(Network.create(model, config.pattern).shapes())
+
+    return {role: shapes(role) for role, path in config.init_from.items() if path}
+
+
 def divide(
     stage: stages.Stage, config: ml_collections.ConfigDict, device_mesh: Mesh
 ) -> NamedSharding:
@@ -57,8 +68,7 @@ def divide(
     """
     mesh.check(device_mesh, config.model)
     for role, parent in stage.parents.items():
-        model = parent.model or config.model
-        mesh.check(device_mesh, model, f"the model of config.init_from.{role}")
+        mesh.check(device_mesh, parent.model, f"the model of config.init_from.{role}")
     return mesh.batch_sharding(device_mesh, config.batch_size, config.accumulate)
 
 

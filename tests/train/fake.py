@@ -78,7 +78,7 @@ def build(config: ml_collections.ConfigDict) -> Stage:
         )
         return state, {"loss": jnp.where(done == config.bad_loss_at, jnp.nan, value)}
 
-    return Stage(init, step, {"teacher": Parent(("fake",), required=False)})
+    return Stage(init, step, {"teacher": Parent(("fake",), config.model, required=False)})
 
 
 def train_batches(data_config, batch_size, seed, rows=None):

@@ -228,9 +228,14 @@ def test_parents_are_what_the_stage_starts_from(finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, frozen, teacher)
 
 
-def asking(teacher):
-    """What builds the fake stage, of which the teacher is asked that."""
-    return lambda config: fake.build(config)._replace(parents={"teacher": teacher})
+def asking(*stages, **fields):
+    """What builds the fake stage, asking of its teacher to be of these stages, and more."""
+
+    def build(config):
+        teacher = Parent(stages, config.model, **fields)
+        return fake.build(config)._replace(parents={"teacher": teacher})
+
+    return build
 
 
 def test_bad_parents(finished, tmp_path):
@@ -255,23 +260,23 @@ def test_bad_parents(finished, tmp_path):
     assert "parameter bias is float32[8] there and float32[16] in this configuration" in text
     assert text.startswith(f"config.init_from (teacher={another}): ")
     assert not any((tmp_path / name).exists() for name in "12346")  # a mistake leaves no trace
-    with mock.patch("cfpp.stages.build", asking(Parent(("fake",)))):
+    with mock.patch("cfpp.stages.build", asking("fake")):
         assert "config.init_from.teacher is not set" in message("5")
 
 
 def test_an_unusual_parent_is_told(finished, tmp_path, caplog):
-    with mock.patch("cfpp.stages.build", asking(Parent(("ar_diffusion",)))):
+    with mock.patch("cfpp.stages.build", asking("ar_diffusion")):
         jobs.run(fake.config(init_from={"teacher": str(finished)}, steps=1), tmp_path)
     (told,) = [r.getMessage() for r in caplog.records if "starts from one of" in r.getMessage()]
     assert told.startswith(f"config.init_from.teacher={finished} is a model of stage fake; stage")
-    with mock.patch("cfpp.stages.build", asking(Parent(("ar_diffusion",), strict=True))):
+    with mock.patch("cfpp.stages.build", asking("ar_diffusion", strict=True)):
         with pytest.raises(UserError, match=r"is a model of stage fake; give one of ar_diffusion$"):
             jobs.run(fake.config(init_from={"teacher": str(finished)}), tmp_path / "strict")
 
 
 def test_guidance_needs_a_model_that_was_trained_for_it(finished, tmp_path):
     def run(name, guided, **changes):
-        build = asking(Parent(("fake",), required=False, guided=guided))
+        build = asking("fake", required=False, guided=guided)
         parent = fake.config(steps=1, drop_rate=0.0)
         if not (tmp_path / "parent").exists():
             jobs.run(parent, tmp_path / "parent")
@@ -291,19 +296,22 @@ def test_guidance_needs_a_model_that_was_trained_for_it(finished, tmp_path):
     # A model may have it from its base, and so may a teacher.
     own = fake.config(guidance=2.0, drop_rate=0.0, init_from={"base": "somewhere"})
     checks.validate(own)
-    guided = asking(Parent(("fake",), guided=True))(fake.config())
+    guided = asking("fake", guided=True)(fake.config())
     child = fake.config(guidance=2.0, init_from={"teacher": "elsewhere"})
     checks.check_parents(child, guided, lambda path: own)
 
 
 def test_a_field_that_a_parent_leaves_out_has_the_default():
-    stage, named = fake.build(fake.config()), {"teacher": "somewhere"}
-    child = lambda base: fake.config(init_from=named, model={"rotary_base": base})
+    def check(base):
+        changes = {"init_from": {"teacher": "somewhere"}, "model": {"rotary_base": base}}
+        child = fake.config(**changes)
+        checks.check_parents(child, fake.build(child), lambda path: parent)
+
     parent = fake.config(model={"gate_init": 0.0}).unlock()
     del parent.model.rotary_base
-    checks.check_parents(child(10000.0), stage, lambda path: parent)
+    check(10000.0)
     with pytest.raises(UserError, match=r"has model\.rotary_base=10000\.0; .* should have 100\.0$"):
-        checks.check_parents(child(100.0), stage, lambda path: parent)
+        check(100.0)
 
 
 def test_a_finished_run_whose_checkpoint_was_doubted_ends_too(tmp_path):
