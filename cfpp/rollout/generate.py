@@ -34,7 +34,7 @@ from cfpp.errors import UserError
 from cfpp.models import codec
 from cfpp.models.network import Condition, Network, Params, guide_pairs, twice
 
-# (frame, step) -> noise of a chunk's frames from that one on, as far as it goes; see `draw_noise`.
+# (frames, step) -> noise of these frames, int32 [F], at a step: [B, F, H, W, C].
 Noise = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -227,7 +227,8 @@ class Rollout(flax.struct.PyTreeNode):
         Args:
           actions: int32 `[B, chunk]`, or None for a model without actions. A first chunk of
             another length takes `[B, stream.first]`.
-          noise: `(frame, step) -> [B, chunk, H, W, C]`, the noise that a step starts from.
+          noise: `(frames, step) -> [B, chunk, H, W, C]`, the noise of the chunk's frames that a
+            step starts from.
           sigmas: float32 `[steps + 1]`, the chunk's noise levels.
           last: int32 [], the step at which x0 is predicted: known only at run time, so that first
             and later chunks, and stage 3's random exits, share one program.
@@ -241,7 +242,7 @@ class Rollout(flax.struct.PyTreeNode):
         def evaluate(x, step):
             return self._evaluate(params, stream, x, level(step), frame, noisy, actions)[0]
 
-        x = draw_noise(noise, stream.frame, 0, size)
+        x = noise(frame, 0)
         if self.fused and stream.first is None:
             cache, v = self._fused_step(params, stream, x, level(0), frame, actions)
             stream = stream.replace(cache=cache)
@@ -250,7 +251,7 @@ class Rollout(flax.struct.PyTreeNode):
 
         def body(step, carry):
             x, v = carry
-            fresh = draw_noise(noise, stream.frame, step + 1, size)
+            fresh = noise(frame, step + 1)
             x = self.sampler.step(x, v, level(step), level(step + 1), fresh)
             return x, evaluate(x, step + 1)
 
@@ -374,7 +375,7 @@ class Rollout(flax.struct.PyTreeNode):
 
         slots = self.network.pattern.window or end
         stream = rollout.start(params, codec.encode(context), first, slots)
-        noise = gaussian_noise(rng, stream.pending.shape)
+        noise = gaussian_noise(rng, stream.pending[:, 0].shape)
         sigmas, last = self.sampler.of_chunks(chunks)
         _, out = rollout.unroll(params, stream, later, chunks, noise, sigmas, last)
         return codec.decode(out.x0[:, : total - given])
@@ -488,22 +489,17 @@ def chunk_ends(pattern: Pattern, given: int, frames: int) -> np.ndarray:
     return np.unique(pattern.chunk_end(np.arange(given, frames)))
 
 
-def draw_noise(noise: Noise, frame: jax.Array, step: jax.Array, size: int) -> jax.Array:
-    """The noise of `size` frames from `frame` on.
-
-    The length of what `noise` returns is its own; a first chunk may take more of it, or less.
-    """
-    drawn = noise(frame, step)
-    while drawn.shape[1] < size:
-        drawn = jnp.concatenate([drawn, noise(frame + drawn.shape[1], step)], 1)
-    return drawn[:, :size]
-
-
 def gaussian_noise(rng: jax.Array, shape: tuple[int, ...]) -> Noise:
-    """Fresh noise for every (frame, step), a function of the key alone."""
+    """Fresh noise for every (frame, step), a function of the key alone.
 
-    def noise(frame, step):
-        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(rng, frame), step), shape)
+    Args:
+      rng: a key.
+      shape: of one frame, `[..., H, W, C]`. The axis of the frames comes before the last three.
+    """
+
+    def noise(frames, step):
+        key = lambda frame: jax.random.fold_in(jax.random.fold_in(rng, frame), step)
+        return jax.vmap(lambda frame: jax.random.normal(key(frame), shape), out_axes=-4)(frames)
 
     return noise
 

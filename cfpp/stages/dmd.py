@@ -90,7 +90,7 @@ def self_rollout(
       rollout: the student's, with chunks counted from the given frames (`Rollout.after`).
       x0: real clips `[B, F, H, W, C]`: the given frames, and the length.
       condition: of all F frames.
-      noise: `(frame, step) -> [B, chunk, H, W, C]`.
+      noise: `(frames, step) -> [B, chunk, H, W, C]`, of a chunk's frames.
       last: int32 `[chunks]`, the step at which each generated chunk leaves its denoising.
 
     Returns:
@@ -225,10 +225,8 @@ def build(config) -> Stage:
         return draw_exits(exit_rng), (clip_rngs, jax.random.normal(noise_rng, x0.shape), sigma)
 
     def fresh_clip(params, x0, condition, rngs, last):
-        shape = (network.pattern.chunk, *x0.shape[2:])
-        noise = lambda frame, step: jax.vmap(lambda rng: gaussian_noise(rng, shape)(frame, step))(
-            rngs
-        )
+        draw = lambda rng, frames, step: gaussian_noise(rng, x0.shape[2:])(frames, step)
+        noise = lambda frames, step: jax.vmap(draw, (0, None, None))(rngs, frames, step)
         return self_rollout(rollout, params, x0, condition, given, noise, last)
 
     def train_critic(state, x0, condition, rng):

@@ -70,7 +70,7 @@ def rolled_out(rollout: generate.Rollout, params, actions: jax.Array, rng: jax.A
     dit, (size, frames) = rollout.network.dit, actions.shape
     empty = jnp.zeros((size, 0, dit.height, dit.width, dit.channels))
     stream = rollout.start(params, empty, {"actions": actions[:, :0]}, frames)
-    noise = generate.gaussian_noise(rng, stream.pending.shape)
+    noise = generate.gaussian_noise(rng, stream.pending[:, 0].shape)
     sigmas, last = rollout.sampler.of_chunks(frames)
     condition = {"actions": actions}
     return rollout.unroll(params, stream, condition, frames, noise, sigmas, last)[1].x0
