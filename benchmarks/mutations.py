@@ -279,8 +279,8 @@ MUTATIONS = (
     ),
     Mutation(
         "first_schedule", "the first chunk's longer schedule is ignored in stage 3",
-        "cfpp/stages/dmd.py", "sigmas, _ = rollout.sampler.of_chunks(chunks)",
-        "sigmas = jnp.asarray(rollout.sampler.sigmas)[np.ones(chunks, int)]", REPLAYED,
+        "cfpp/stages/dmd.py", "sigmas, _ = rollout.sampler.of_chunks(len(last))",
+        "sigmas = jnp.asarray(rollout.sampler.sigmas)[np.ones(len(last), int)]", REPLAYED,
     ),
     Mutation(
         "renoise_same", "a step noises again with the noise of the step before",

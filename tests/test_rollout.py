@@ -25,9 +25,8 @@ def test_euler_rollout_is_the_solver_on_the_exact_history():
     start = rollout.start(params, tiny.latents(net, 0), {"actions": condition["actions"][:, :0]}, 3)
     noise = tiny.noise_table(net, 3, 1)
     sigmas = jnp.tile(sampler.sigmas[1], (3, 1))
-    _, out = jax.jit(
-        lambda p: rollout.unroll(p, start, condition, 3, noise, sigmas, np.full(3, 3))
-    )(params)
+    run = jax.jit(lambda p: rollout.unroll(p, start, condition, noise, sigmas, np.full(3, 3)))
+    _, out = run(params)
     x = noise(np.arange(3), 0)
     velocity = jax.jit(net.teacher_forced(params, out.x0, condition, guidance=2.0))
     for a, b in itertools.pairwise(sampler.sigmas[1, :5]):
@@ -84,7 +83,7 @@ def test_a_cache_too_short_for_the_schedule(pattern, given, slots, chunks, messa
         first, later = ({"actions": x} for x in (actions[:, :given], actions[:, given:]))
         stream = rollout.start(params, tiny.latents(net, given), first, slots)
         sigmas, last = jnp.ones((chunks, 2)), np.zeros(chunks, int)
-        return rollout.unroll(params, stream, later, chunks, noise, sigmas, last)[1]
+        return rollout.unroll(params, stream, later, noise, sigmas, last)[1]
 
     params = tiny.params(net)
     with pytest.raises(ValueError, match=message):

@@ -298,16 +298,17 @@ class Rollout(flax.struct.PyTreeNode):
         params: Params,
         stream: Stream,
         condition: Condition,
-        chunks: int,
         noise: Noise,
         sigmas: jax.Array,
         last: jax.Array,
     ) -> tuple[Stream, Chunk]:
-        """Generates `chunks` chunks in one scan, after a first one if that is of another length.
+        """Generates chunks in one scan, after a first one if that is of another length.
 
         Args:
           condition: actions of the frames to generate, int32 `[B, N]`.
-          sigmas: float32 `[chunks, steps + 1]`; last: int32 `[chunks]`.
+          noise: see `generate`.
+          sigmas: float32 `[chunks, steps + 1]`, each chunk's noise levels.
+          last: int32 `[chunks]`, each chunk's last step; there are as many chunks as these.
 
         Returns:
           The stream, and a `Chunk` whose x0 and x are `[B, N, H, W, C]` and whose sigma is `[N]`.
@@ -317,11 +318,11 @@ class Rollout(flax.struct.PyTreeNode):
         """
         params = self.network.gathered(params)
         if stream.first is not None:
-            return self._unroll_first(params, stream, condition, chunks, noise, sigmas, last)
+            return self._unroll_first(params, stream, condition, noise, sigmas, last)
         actions = condition.get("actions")
         size = self.network.pattern.chunk
         before = stream.frame if isinstance(stream.frame, np.integer) else 0  # or not known
-        self._check_slots(stream.cache.slots, before + chunks * size)
+        self._check_slots(stream.cache.slots, before + len(last) * size)
         if actions is not None:
             actions = einops.rearrange(actions, "b (n c) -> n b c", c=size)
 
@@ -329,18 +330,18 @@ class Rollout(flax.struct.PyTreeNode):
             actions, sigmas, last = inputs
             return self.chunk(params, stream, actions, noise, sigmas, last)
 
-        stream, out = jax.lax.scan(body, stream, (actions, sigmas, last), length=chunks)
+        stream, out = jax.lax.scan(body, stream, (actions, sigmas, last))
         join = lambda x: einops.rearrange(x, "n b c ... -> b (n c) ...")
         return stream, Chunk(join(out.x0), join(out.x), jnp.repeat(out.sigma, size))
 
-    def _unroll_first(self, params, stream, condition, chunks, noise, sigmas, last):
+    def _unroll_first(self, params, stream, condition, noise, sigmas, last):
         """`unroll` from a first chunk of another length: that one, and then the others."""
         first, actions, others = stream.first, condition.get("actions"), {}
         if actions is not None:
             actions, others = actions[:, :first], {"actions": actions[:, first:]}
         sigmas = jnp.asarray(sigmas)
         stream, one = self.chunk(params, stream, actions, noise, sigmas[0], last[0])
-        stream, out = self.unroll(params, stream, others, chunks - 1, noise, sigmas[1:], last[1:])
+        stream, out = self.unroll(params, stream, others, noise, sigmas[1:], last[1:])
         join = lambda a, b: jnp.concatenate([a, b], 1)
         sigma = jnp.concatenate([jnp.broadcast_to(one.sigma, first), out.sigma])
         return stream, Chunk(join(one.x0, out.x0), join(one.x, out.x), sigma)
@@ -368,7 +369,7 @@ class Rollout(flax.struct.PyTreeNode):
         total = condition["actions"].shape[1]
         rollout = self.after(given)
         ends = chunk_ends(rollout.network.pattern, given, total)
-        chunks, end = len(ends), int(ends.max(initial=total))
+        end = int(ends.max(initial=total))
         actions = jnp.pad(condition["actions"], ((0, 0), (0, end - total)), "edge")
         first = condition | {"actions": actions[:, :given]}
         later = condition | {"actions": actions[:, given:]}
@@ -376,8 +377,8 @@ class Rollout(flax.struct.PyTreeNode):
         slots = self.network.pattern.window or end
         stream = rollout.start(params, codec.encode(context), first, slots)
         noise = gaussian_noise(rng, stream.pending[:, 0].shape)
-        sigmas, last = self.sampler.of_chunks(chunks)
-        _, out = rollout.unroll(params, stream, later, chunks, noise, sigmas, last)
+        sigmas, last = self.sampler.of_chunks(len(ends))
+        _, out = rollout.unroll(params, stream, later, noise, sigmas, last)
         return codec.decode(out.x0[:, : total - given])
 
     def after(self, given: int) -> "Rollout":

@@ -102,9 +102,8 @@ def self_rollout(
     actions = condition.get("actions")
     split = lambda part: condition if actions is None else condition | {"actions": actions[:, part]}
     stream = rollout.start(params, x0[:, :given], split(np.s_[:given]), frames)
-    chunks = len(last)
-    sigmas, _ = rollout.sampler.of_chunks(chunks)
-    stream, out = rollout.unroll(params, stream, split(np.s_[given:]), chunks, noise, sigmas, last)
+    sigmas, _ = rollout.sampler.of_chunks(len(last))
+    stream, out = rollout.unroll(params, stream, split(np.s_[given:]), noise, sigmas, last)
     x = jnp.concatenate([x0[:, :given], out.x0], 1)
     return jax.lax.stop_gradient((stream.cache, x, out.x, out.sigma))
 

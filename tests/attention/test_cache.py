@@ -135,7 +135,7 @@ def test_a_rollout_with_a_quantised_cache_stays_near():
             given = {"actions": tiny.actions(1)}
             stream = rollout.start(params, tiny.latents(net, 1), given)
             noise, later = tiny.noise_table(net, 7, 2), {"actions": tiny.actions(6)}
-            return rollout.unroll(params, stream, later, 6, noise, *levels)[1].x0
+            return rollout.unroll(params, stream, later, noise, *levels)[1].x0
 
         return start, run(tiny.params(net))
 

@@ -161,7 +161,7 @@ def test_rollout_with_cache():
         start = rollout.start(params, jnp.zeros((2, 0, 8, 12, 16)), text, slots=6)
         at = lambda frames, step: jnp.moveaxis(noise[frames, jnp.minimum(step, 1)], 0, 1)
         sigmas = jnp.tile(rollout.sampler.sigmas[1], (6, 1))
-        return rollout.unroll(params, start, text, 6, at, sigmas, np.full(6, 1))[1].x0
+        return rollout.unroll(params, start, text, at, sigmas, np.full(6, 1))[1].x0
 
     for fused in (False, True):
         out = jax.jit(run)(params, Rollout(net, sampler, fused=fused))

@@ -73,7 +73,7 @@ def rolled_out(rollout: generate.Rollout, params, actions: jax.Array, rng: jax.A
     noise = generate.gaussian_noise(rng, stream.pending[:, 0].shape)
     sigmas, last = rollout.sampler.of_chunks(frames)
     condition = {"actions": actions}
-    return rollout.unroll(params, stream, condition, frames, noise, sigmas, last)[1].x0
+    return rollout.unroll(params, stream, condition, noise, sigmas, last)[1].x0
 
 
 def deviations(clips: np.ndarray, law) -> dict[str, np.ndarray]:

@@ -144,7 +144,7 @@ def test_fused_equals_separate_and_one_scan_equals_chunk_by_chunk(pattern, befor
         start = jax.jit(lambda p, r=rollout, f=first, s=slots: r.start(p, x0, f, s))(params)
         _, scanned = jax.jit(
             lambda p, s, r=rollout: r.unroll(
-                p, s, {"actions": actions[:, before:]}, chunks, noise, sigmas, last
+                p, s, {"actions": actions[:, before:]}, noise, sigmas, last
             )
         )(params, start)
         one = jax.jit(
@@ -175,7 +175,7 @@ def test_guidance_away_from_a_text():
     def run(params, null):
         stream = rollout.start(params, tiny.latents(net, 0), {"text": text}, null=null)
         levels = jnp.tile(jnp.array([1.0, 0.0]), (4, 1))
-        _, out = rollout.unroll(params, stream, {}, 4, noise, levels, np.zeros(4, int))
+        _, out = rollout.unroll(params, stream, {}, noise, levels, np.zeros(4, int))
         v = net.teacher_forced(params, out.x0, {"text": text}, 2.0, null)(out.x, ones)
         return out.x0, flow.to_x0(out.x, v, ones)
 
