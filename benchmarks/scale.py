@@ -28,7 +28,8 @@ import measuring
 from cfpp.attention.pattern import Pattern
 from cfpp.parallel import mesh
 from cfpp.parallel import topology as slices
-from cfpp.rollout.generate import Rollout, consistency
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import consistency
 from cfpp.stages import dmd
 from cfpp.train import program
 from tests import tiny

@@ -10,7 +10,8 @@ import pytest
 from cfpp import flow
 from cfpp.attention.pattern import Pattern
 from cfpp.errors import UserError
-from cfpp.rollout.generate import Rollout, euler, for_stage
+from cfpp.rollout.generate import Rollout, for_stage
+from cfpp.rollout.sampler import euler
 from configs import stage2, stage3
 from tests import tiny
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from cfpp import flow
 from cfpp.models.network import Network
-from cfpp.rollout.generate import student_sampler
+from cfpp.rollout.sampler import student_sampler
 from cfpp.stages.stage import (
     FLOATS,
     Parent,

@@ -28,7 +28,8 @@ from cfpp import flow
 from cfpp.attention.cache import Cache
 from cfpp.models.dit import HISTORY_GRADIENTS
 from cfpp.models.network import Condition, Network, Params
-from cfpp.rollout.generate import Noise, Rollout, chunk_ends, gaussian_noise, student_sampler
+from cfpp.rollout.generate import Noise, Rollout, chunk_ends, gaussian_noise
+from cfpp.rollout.sampler import student_sampler
 from cfpp.stages.stage import (
     FLOATS,
     Parent,

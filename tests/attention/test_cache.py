@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from cfpp.attention import dispatch, pallas_gpu, pallas_tpu, reference, schedule, xla
 from cfpp.attention.cache import LARGEST_VALUES, Cache, Quantised
 from cfpp.attention.pattern import Pattern
-from cfpp.rollout.generate import Rollout, consistency
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import consistency
 from tests import tiny
 from tests.attention import compare
 

@@ -8,7 +8,8 @@ import pytest
 
 from cfpp import stages
 from cfpp.attention.pattern import Pattern
-from cfpp.rollout.generate import Rollout, consistency
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import consistency
 from cfpp.stages import dmd
 from tests import test_stages, tiny
 

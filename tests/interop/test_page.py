@@ -13,7 +13,8 @@ import pytest
 from cfpp import flow
 from cfpp.attention.pattern import Pattern, teacher_forced_entries
 from cfpp.interop import wan
-from cfpp.rollout.generate import Rollout, consistency
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import consistency
 from cfpp.stages import consistency as stage2
 from cfpp.stages import dmd, ode
 from tests import tiny

@@ -13,7 +13,8 @@ from cfpp.attention.pattern import CLEAN, Pattern, teacher_forced_entries
 from cfpp.errors import UserError
 from cfpp.interop import diffusers, wan
 from cfpp.models.network import Network
-from cfpp.rollout.generate import Rollout, Sampler
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import Sampler
 from tests.tiny import close
 
 REFERENCE = pathlib.Path(__file__).parents[3] / "shared" / "reference"

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from cfpp import flow
 from cfpp.attention.pattern import CLEAN, Pattern
-from cfpp.rollout.generate import Rollout, consistency, euler
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import consistency, euler
 from cfpp.stages import consistency as stage2
 from cfpp.stages import dmd, ode
 from tests import tiny
