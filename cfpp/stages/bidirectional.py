@@ -28,10 +28,7 @@ def build(config) -> Stage:
     transform = optimizer(config.optimizer, config.steps)
 
     def init(rng, parents):
-        params = network.init(rng)
-        if "base" in parents:
-            params = inherit(params, parents["base"])
-        return start(params, transform)
+        return start(inherit(network.init(rng), parents.get("base")), transform)
 
     def step(state, batch, rng):
         x0, condition = clip(batch)

@@ -96,12 +96,14 @@ def clip(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
     return codec.encode(batch["video"]), condition
 
 
-def inherit(template: Params, parent: Params) -> Params:
-    """The parent's values in the boxes of freshly initialised parameters.
+def inherit(template: Params, parent: Params | None) -> Params:
+    """Freshly initialised parameters, with the parent's values, if there is one, in their boxes.
 
     Raises:
       UserError: the parent is of another shape.
     """
+    if parent is None:
+        return template
     shapes.check(nn.meta.unbox(template), parent, "the parent")
     return nn.meta.replace_boxed(template, parent)
 
