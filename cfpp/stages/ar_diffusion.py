@@ -15,13 +15,13 @@ from cfpp.stages.stage import (
     Parent,
     Stage,
     advance,
-    clip,
     descend,
     draw_sigma,
     inherit,
     optimizer,
     repeat_draws,
     start,
+    unpack,
 )
 
 
@@ -38,7 +38,7 @@ def build(config) -> Stage:
         return start(inherit(network.init(rng), parents.get("base")), transform)
 
     def step(state, batch, rng):
-        clean, condition = clip(batch)
+        clean, condition = unpack(batch)
         noise_rng, sigma_rng, drop_rng = jax.random.split(rng, 3)
         shape = (len(clean), config.draws, clean.shape[1])
         x0 = repeat_draws(clean, config.draws)

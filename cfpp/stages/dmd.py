@@ -37,12 +37,12 @@ from cfpp.stages.stage import (
     State,
     advance,
     check_choice,
-    clip,
     descend,
     draw_sigma,
     freeze,
     inherit,
     optimizer,
+    unpack,
 )
 
 REAL_SCORES = ("bidirectional", "causal")
@@ -263,7 +263,7 @@ def build(config) -> Stage:
         return advance(state, config), metrics
 
     def step(state, batch, rng):
-        x0, condition = clip(batch)
+        x0, condition = unpack(batch)
         student_rng, *critic_rngs = jax.random.split(rng, 1 + config.critic_steps)
         state, critic_loss = jax.lax.scan(
             lambda state, rng: train_critic(state, x0, condition, rng),

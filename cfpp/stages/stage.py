@@ -81,7 +81,7 @@ def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def clip(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
+def unpack(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
     """Latents and condition of a batch from the input pipeline.
 
     Args:
