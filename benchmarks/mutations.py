@@ -279,13 +279,12 @@ MUTATIONS = (
     ),
     Mutation(
         "first_schedule", "the first chunk's longer schedule is ignored in stage 3",
-        "cfpp/stages/dmd.py", "sigmas, _ = rollout.sampler.of_chunks(chunks)",
-        "sigmas = jnp.asarray(rollout.sampler.sigmas)[np.ones(chunks, int)]", REPLAYED,
+        "cfpp/stages/dmd.py", "sigmas, _ = rollout.sampler.of_chunks(len(last))",
+        "sigmas = jnp.asarray(rollout.sampler.sigmas)[np.ones(len(last), int)]", REPLAYED,
     ),
     Mutation(
         "renoise_same", "a step noises again with the noise of the step before",
-        "cfpp/rollout/generate.py", "draw_noise(noise, stream.frame, step + 1, size)",
-        "draw_noise(noise, stream.frame, step, size)", REPLAYED,
+        "cfpp/rollout/generate.py", "noise(frame, step + 1)", "noise(frame, step)", REPLAYED,
     ),
     Mutation(
         "noise_same", "the noise of a chunk is the same at all steps", "cfpp/rollout/generate.py",
@@ -353,9 +352,9 @@ MUTATIONS = (
     ),
     Mutation(
         "stream_noise", "a stream noises again with the noise that the chunk started from",
-        "cfpp/rollout/stream.py", "noise = gaussian_noise(rng, stream.pending.shape)",
-        "draw = gaussian_noise(rng, stream.pending.shape)\n    noise = lambda n, _: draw(n, 0)",
-        STREAMED,
+        "cfpp/rollout/stream.py", "noise = gaussian_noise(rng, stream.pending[:, 0].shape)",
+        "draw = gaussian_noise(rng, stream.pending[:, 0].shape)\n"
+        "    noise = lambda frames, _: draw(frames, 0)", STREAMED,
     ),
     Mutation(
         "first_chunk_dropped", "a rollout from noise begins with a chunk like the others",

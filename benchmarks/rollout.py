@@ -21,7 +21,8 @@ import numpy as np
 
 from cfpp.attention.dispatch import IMPLEMENTATIONS
 from cfpp.models.network import Network
-from cfpp.rollout.generate import Rollout, consistency
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import consistency
 from cfpp.rollout.stream import Player
 from cfpp.stages import ar_diffusion
 from configs import stage1

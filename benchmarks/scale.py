@@ -28,7 +28,8 @@ import measuring
 from cfpp.attention.pattern import Pattern
 from cfpp.parallel import mesh
 from cfpp.parallel import topology as slices
-from cfpp.rollout.generate import Rollout, consistency
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import consistency
 from cfpp.stages import dmd
 from cfpp.train import program
 from tests import tiny
@@ -171,7 +172,7 @@ def replay_row(chunk: int) -> dict:
     params, x = tiny.params(net), tiny.latents(net, frames, 1)
     chunks, sigma = frames // chunk, jnp.ones(frames)
     rollout = Rollout(net, consistency(1, 5.0), fused=False)
-    noise = lambda frame, step: jax.lax.dynamic_slice_in_dim(x, frame, chunk, 1)
+    noise = lambda frames, step: x[:, frames]
     cache = jax.eval_shape(lambda: net.dit.cache(1, frames))
 
     def replayed(params, cache):

@@ -18,6 +18,7 @@ import numpy as np
 from cfpp import flow
 from cfpp.evaluate import measure
 from cfpp.rollout import generate
+from cfpp.rollout.sampler import Sampler
 from cfpp.train import checkpoint
 
 SIGMAS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
@@ -34,7 +35,7 @@ def figures_of(workdir: str) -> list[dict]:
 
     def row(sigma):
         levels = (1.0, sigma, 0.0) if sigma < 1 else (1.0, 0.0)
-        sampler = generate.Sampler.create(levels, levels, flow.consistency_step)
+        sampler = Sampler.create(levels, levels, flow.consistency_step)
 
         def sampled(given, actions, seed):
             clip = rollout.replace(sampler=sampler).clip

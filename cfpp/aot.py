@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 from absl import app, flags, logging
 
-from cfpp import command_line
+from cfpp import command_line, paths
 from cfpp.errors import UserError, exit_on_user_error, first_line
 from cfpp.parallel import topology
 
@@ -300,10 +300,8 @@ def run(config: Config, name: str, sizes: str | None, sweep: bool, out: str | No
 
 def _write(path: str, reports: list[Report]) -> None:
     """Writes reports so that at any time the file has those of before or these."""
-    with open(f"{path}.tmp", "w") as file:
-        json.dump([dataclasses.asdict(report) for report in reports], file, indent=1)
-        file.write("\n")
-    os.replace(f"{path}.tmp", path)
+    rows = [dataclasses.asdict(report) for report in reports]
+    paths.replace_text(path, json.dumps(rows, indent=1) + "\n")
 
 
 def check_writable(path: str) -> None:

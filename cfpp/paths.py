@@ -18,3 +18,11 @@ def absolute(path: epath.PathLike) -> epath.Path:
     scheme, colon, rest = os.fspath(path).rpartition("://")
     whole = os.path.normpath(rest) if scheme else os.path.abspath(rest)
     return epath.Path(scheme + colon + whole)
+
+
+def replace_text(path: epath.PathLike, text: str) -> None:
+    """Writes a file; a crash leaves either the old one or the new one."""
+    path = epath.Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

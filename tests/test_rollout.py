@@ -10,7 +10,8 @@ import pytest
 from cfpp import flow
 from cfpp.attention.pattern import Pattern
 from cfpp.errors import UserError
-from cfpp.rollout.generate import Rollout, euler, for_stage
+from cfpp.rollout.generate import Rollout, for_stage
+from cfpp.rollout.sampler import euler
 from configs import stage2, stage3
 from tests import tiny
 
@@ -25,10 +26,9 @@ def test_euler_rollout_is_the_solver_on_the_exact_history():
     start = rollout.start(params, tiny.latents(net, 0), {"actions": condition["actions"][:, :0]}, 3)
     noise = tiny.noise_table(net, 3, 1)
     sigmas = jnp.tile(sampler.sigmas[1], (3, 1))
-    _, out = jax.jit(
-        lambda p: rollout.unroll(p, start, condition, 3, noise, sigmas, np.full(3, 3))
-    )(params)
-    x = jnp.concatenate([noise(i, 0) for i in range(3)], 1)
+    run = jax.jit(lambda p: rollout.unroll(p, start, condition, noise, sigmas, np.full(3, 3)))
+    _, out = run(params)
+    x = noise(np.arange(3), 0)
     velocity = jax.jit(net.teacher_forced(params, out.x0, condition, guidance=2.0))
     for a, b in itertools.pairwise(sampler.sigmas[1, :5]):
         level = lambda s: jnp.full((2, 3), s)
@@ -52,7 +52,7 @@ def test_first_chunk_of_another_length():
             part = np.s_[:, i : i + rollout.network.pattern.chunk]
             levels = jnp.asarray(sampler.sigmas[1])
             stream, chunk = rollout.chunk(
-                params, stream, actions[part], lambda *_, part=part: noise[part], levels, 0
+                params, stream, actions[part], lambda frames, _: noise[:, frames], levels, 0
             )
             parts.append(chunk.x0)
         return jnp.concatenate(parts, 1)
@@ -84,7 +84,7 @@ def test_a_cache_too_short_for_the_schedule(pattern, given, slots, chunks, messa
         first, later = ({"actions": x} for x in (actions[:, :given], actions[:, given:]))
         stream = rollout.start(params, tiny.latents(net, given), first, slots)
         sigmas, last = jnp.ones((chunks, 2)), np.zeros(chunks, int)
-        return rollout.unroll(params, stream, later, chunks, noise, sigmas, last)[1]
+        return rollout.unroll(params, stream, later, noise, sigmas, last)[1]
 
     params = tiny.params(net)
     with pytest.raises(ValueError, match=message):

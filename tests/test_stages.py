@@ -11,7 +11,7 @@ import pytest
 from cfpp import flow, stages
 from cfpp.models.network import Network
 from cfpp.stages import consistency, dmd, ode
-from cfpp.stages.stage import clip, optimizer
+from cfpp.stages.stage import optimizer, unpack
 from configs import common
 from tests import tiny
 
@@ -155,10 +155,10 @@ def test_the_rate_rises_to_its_peak_during_the_warmup(schedule, warmup):
 
 def test_clips_of_floats_are_latents_already():
     video = np.array([0, 255], np.uint8).reshape(1, 2, 1, 1, 1)
-    latents, condition = clip({"video": jnp.asarray(video), "actions": jnp.zeros((1, 2), int)})
+    latents, condition = unpack({"video": jnp.asarray(video), "actions": jnp.zeros((1, 2), int)})
     np.testing.assert_array_equal(latents.ravel(), [-1, 1])
     assert set(condition) == {"actions"}
-    np.testing.assert_array_equal(clip({"video": 3 * latents})[0], 3 * latents)
+    np.testing.assert_array_equal(unpack({"video": 3 * latents})[0], 3 * latents)
 
 
 def test_consistency_loss_is_its_equation():

@@ -21,6 +21,7 @@ from cfpp.errors import UserError
 from cfpp.rollout import __main__ as command
 from cfpp.rollout import generate
 from cfpp.rollout import stream as stream_module
+from cfpp.rollout.sampler import consistency
 from cfpp.rollout.stream import Player
 from cfpp.train import checkpoint, jobs
 from configs import common
@@ -199,7 +200,7 @@ def test_stream_is_the_clip(pattern, given):
     """
     net = tiny.network(pattern, channels=3)
     params, key = tiny.params(net), jax.random.key(3)
-    rollout = generate.Rollout(net, generate.consistency(2, 3.0, first_steps=3))
+    rollout = generate.Rollout(net, consistency(2, 3.0, first_steps=3))
     rng, end = np.random.default_rng(0), given + 12
     context = rng.integers(0, 256, (2, given, 8, 12, 3), dtype=np.uint8)
     actions = tiny.actions(end)
@@ -218,7 +219,7 @@ def test_stream_is_the_clip(pattern, given):
 def test_frames_do_not_wait_for_their_context_pass():
     """Kept apart, it is a program of its own: the one that makes the frames leaves the cache be."""
     net = tiny.network(Pattern(first_chunk=2, window=3), channels=3)
-    rollout = generate.Rollout(net, generate.consistency(1, 3.0), fused=False)
+    rollout = generate.Rollout(net, consistency(1, 3.0), fused=False)
     caches = []
 
     def remembered(rollout, params, cache, stream):

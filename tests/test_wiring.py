@@ -177,7 +177,9 @@ def test_matching(labelled, monkeypatch, real_score):
 
     def rolled_out(rollout, params, x0, condition, given, noise, last):
         x = x0 + 1 + len(rollouts)
-        rollouts.append((rollout, label_of(params), np.asarray(noise(1, 0)), np.asarray(last), x))
+        rollouts.append(
+            (rollout, label_of(params), np.asarray(noise(np.array([1]), 0)), np.asarray(last), x)
+        )
         return None, x, x[:, given:], jnp.ones(frames - given)
 
     monkeypatch.setattr(dmd, "self_rollout", rolled_out)
@@ -278,9 +280,10 @@ def test_average_of_parameters():
 
 
 def test_noise_of_a_rollout_is_fresh():
-    noise = gaussian_noise(jax.random.key(0), (8,))
-    table = np.array([[noise(frame, step) for step in range(3)] for frame in range(3)])
+    noise = gaussian_noise(jax.random.key(0), (1, 2, 4))
+    table = np.array([noise(np.arange(3), step) for step in range(3)])
     assert len(np.unique(table)) == table.size
+    np.testing.assert_array_equal(noise(np.array([2]), 1)[0], table[1, 2])  # in any chunk
 
 
 def test_condition_is_dropped_at_its_rate():

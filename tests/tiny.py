@@ -63,7 +63,7 @@ def close(a, b, relative: float = 1e-5):
 
 
 def noise_table(net: Network, frames: int, steps: int, batch: int = 2, seed: int = 9):
-    """Noise as a table `[frames, steps, B, chunk, H, W, C]`, read by (frame, step)."""
-    shape = (frames, steps, batch, net.pattern.chunk, *latents(net, 1).shape[2:])
+    """Noise as a table `[frames, steps, B, H, W, C]`, read by (frames, step)."""
+    shape = (frames, steps, batch, *latents(net, 1).shape[2:])
     table = jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
-    return lambda frame, step: table[frame, jnp.minimum(step, steps - 1)]
+    return lambda frames, step: jnp.moveaxis(table[frames, jnp.minimum(step, steps - 1)], 0, 1)

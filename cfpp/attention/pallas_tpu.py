@@ -54,7 +54,7 @@ KEYS_BY_DIM = ((1,), (1,)), ((), ())  # a b^T
 ROWS_AWAY = ((0,), (0,)), ((), ())  # a^T b
 
 
-class Blocks(NamedTuple):
+class Cut(NamedTuple):
     """How the frames of one side are cut: into blocks of `group` frames, or `split` blocks each."""
 
     group: int
@@ -63,7 +63,7 @@ class Blocks(NamedTuple):
     tail: int = 0  # tokens of the last block of each frame, 0 where that is `rows`
 
     @classmethod
-    def choose(cls, frames: int, tokens: int, in_place: bool = False) -> "Blocks":
+    def choose(cls, frames: int, tokens: int, in_place: bool = False) -> "Cut":
         """The largest blocks of at most `LARGEST_BLOCK` tokens that cut frames evenly, or nearly.
 
         Args:
@@ -114,16 +114,16 @@ class Blocks(NamedTuple):
         return jnp.where(jax.lax.rem(block, self.split) == self.split - 1, self.tail, self.rows)
 
 
-class Visits(NamedTuple):
+class Pairs(NamedTuple):
     """The pairs of blocks that a kernel visits, in order; all int32.
 
     A block that meets no other is visited once with nothing to see, for its output to be written.
 
     Attributes:
-      outer, inner: `[visits]`, the block whose output is computed, and the one that it meets.
-      kind: `[visits]`, 0 where nothing is visible, 1 where some frames are, 2 where all are and
+      outer, inner: `[pairs]`, the block whose output is computed, and the one that it meets.
+      kind: `[pairs]`, 0 where nothing is visible, 1 where some frames are, 2 where all are and
         neither block reaches past a frame's end.
-      bits: `[visits * query group]`, what each query frame of the pair sees: bit j is frame j of
+      bits: `[pairs * query group]`, what each query frame of the pair sees: bit j is frame j of
         the key block.
       length: how many there are; the arrays may be longer.
     """
@@ -135,11 +135,11 @@ class Visits(NamedTuple):
     length: Mask
 
 
-def visits(mask: Mask, query: Blocks, key: Blocks, by_key: bool) -> Visits:
-    """The visits that a mask of frames calls for.
+def pairs(mask: Mask, query: Cut, key: Cut, by_key: bool) -> Pairs:
+    """The pairs of blocks that a mask of frames calls for.
 
     Args:
-      mask: bool `[query frames, key frames]`: NumPy makes NumPy visits, JAX JAX ones.
+      mask: bool `[query frames, key frames]`: NumPy makes NumPy pairs, JAX JAX ones.
       query, key: how either side is cut.
       by_key: whether the outer blocks are those of keys.
     """
@@ -148,16 +148,16 @@ def visits(mask: Mask, query: Blocks, key: Blocks, by_key: bool) -> Visits:
     bits = bits.reshape(-1, query.group, bits.shape[1])
     bits = bits.transpose((2, 0, 1) if by_key else (0, 2, 1))  # [outer, inner, query group]
     some, every = (bits > 0).any(2), (bits == 2**key.group - 1).all(2)
-    for blocks, axis in ((query, int(by_key)), (key, int(not by_key))):
-        if blocks.tail:
-            whole = np.arange(some.shape[axis]) % blocks.split < blocks.split - 1
+    for side, axis in ((query, int(by_key)), (key, int(not by_key))):
+        if side.tail:
+            whole = np.arange(some.shape[axis]) % side.split < side.split - 1
             every &= np.expand_dims(whole, 1 - axis)
     alone = ~some.any(1, keepdims=True) & (np.arange(some.shape[1]) == 0)
     size = {} if xp is np else {"size": some.size, "fill_value": 0}
     outer, inner = xp.nonzero(some | alone, **size)
     kind = some.astype(np.int32) + every
     arrays = outer, inner, kind[outer, inner], bits[outer, inner].reshape(-1), (some | alone).sum()
-    return Visits(*(xp.asarray(x, np.int32) for x in arrays))
+    return Pairs(*(xp.asarray(x, np.int32) for x in arrays))
 
 
 def _dot(a, b, dimensions=(((1,), (0,)), ((), ()))):
@@ -174,10 +174,10 @@ def _parts(rows: int, columns: int, size: tuple[int, int]) -> list:
 
 
 class _Visit:
-    """What every kernel asks about the visit that it is on."""
+    """What every kernel asks about the pair of blocks that it visits."""
 
-    def __init__(self, query: Blocks, key: Blocks, visits, by_key: bool = False):
-        outer, inner, kind, bits = visits
+    def __init__(self, query: Cut, key: Cut, pairs, by_key: bool = False):
+        outer, inner, kind, bits = pairs
         step, last_step = pl.program_id(2), pl.num_programs(2) - 1
         self.first = (step == 0) | (outer[jnp.maximum(step - 1, 0)] != outer[step])
         self.last = (step == last_step) | (outer[jnp.minimum(step + 1, last_step)] != outer[step])
@@ -259,8 +259,8 @@ def _scores(k, q, visible, k_scale=1.0):
 
 
 def _attention_forward(query, key, *refs):
-    *visits, _, q, k, v, out, logsumexp, weighted, top, total = refs
-    visit = _Visit(query, key, visits)
+    *pairs, _, q, k, v, out, logsumexp, weighted, top, total = refs
+    visit = _Visit(query, key, pairs)
 
     @pl.when(visit.first)
     def _():
@@ -313,8 +313,8 @@ def _score_gradient(part, rows, columns, q, dout, logsumexp, delta, k, v):
 
 
 def _attention_dq(query, key, *refs):
-    *visits, _, q, dout, logsumexp, delta, k, v, dq, gradient = refs
-    visit = _Visit(query, key, visits)
+    *pairs, _, q, dout, logsumexp, delta, k, v, dq, gradient = refs
+    visit = _Visit(query, key, pairs)
 
     @pl.when(visit.first)
     def _():
@@ -335,8 +335,8 @@ def _attention_dq(query, key, *refs):
 
 
 def _attention_dkv(query, key, *refs):
-    *visits, _, q, dout, logsumexp, delta, k, v, dk, dv, k_gradient, v_gradient = refs
-    visit = _Visit(query, key, visits, by_key=True)
+    *pairs, _, q, dout, logsumexp, delta, k, v, dk, dv, k_gradient, v_gradient = refs
+    visit = _Visit(query, key, pairs, by_key=True)
 
     @pl.when(visit.first)
     def _():
@@ -362,21 +362,21 @@ def _attention_dkv(query, key, *refs):
 class _Plan(NamedTuple):
     """What is known when the kernels are compiled."""
 
-    query: Blocks
-    key: Blocks
-    lengths: tuple[int, int] | None  # of the visits by query and by key; None: not known
+    query: Cut
+    key: Cut
+    lengths: tuple[int, int] | None  # of the pairs by query and by key; None: not known
     live: int  # pairs of tokens that are visible; all pairs where that is not known
     interpret: bool | pltpu.InterpretParams
 
 
-def _call(kernel, plan, by_key, visits, layer, inputs, outputs, scratch, products):
+def _call(kernel, plan, by_key, pairs, layer, inputs, outputs, scratch, products):
     """Runs a kernel.
 
     Args:
       kernel: one of the kernels above.
       plan: what is known of it.
-      by_key: as in `visits`.
-      visits: what it visits.
+      by_key: whether the outer blocks are those of keys.
+      pairs: those that it visits.
       layer: int32 `[1]`, which layer it reads of keys and values with layers.
       inputs: of each the side that it belongs to, "query" or "key", and the array.
       outputs: the same with types.
@@ -396,7 +396,7 @@ def _call(kernel, plan, by_key, visits, layer, inputs, outputs, scratch, product
         return getattr(plan, side).spec(array, place)
 
     def traffic(side, array):
-        tiles = array.shape[-3] if is_outer(side) else len(visits.outer)
+        tiles = array.shape[-3] if is_outer(side) else len(pairs.outer)
         return batch * heads * tiles * math.prod(array.shape[-2:]) * array.dtype.itemsize
 
     scores = batch * heads * plan.live
@@ -404,7 +404,7 @@ def _call(kernel, plan, by_key, visits, layer, inputs, outputs, scratch, product
         functools.partial(kernel, plan.query, plan.key),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
-            grid=(batch, heads, plan.lengths[by_key] if plan.lengths else visits.length),
+            grid=(batch, heads, plan.lengths[by_key] if plan.lengths else pairs.length),
             in_specs=[jax.tree.map(functools.partial(spec, side), x) for side, x in inputs],
             out_specs=[spec(*x) for x in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
@@ -424,15 +424,15 @@ def _call(kernel, plan, by_key, visits, layer, inputs, outputs, scratch, product
         ),
         interpret=plan.interpret,
         name=kernel.__name__.strip("_"),
-    )(*visits[:4], layer, *(x for _, x in inputs))
+    )(*pairs[:4], layer, *(x for _, x in inputs))
 
 
-def _forward(plan, q, k, v, visits, layer):
+def _forward(plan, q, k, v, pairs, layer):
     """Attention of blocks `[B, N, blocks, rows, D]`, with a logsumexp `[B, N, blocks, 1, rows]`."""
     rows, head_dim = plan.query.rows, q.shape[-1]
     logsumexp = jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[-2]), jnp.float32)
     return _call(
-        _attention_forward, plan, False, visits, layer,
+        _attention_forward, plan, False, pairs, layer,
         inputs=[("query", q), ("key", k), ("key", v)],
         outputs=[("query", jax.typeof(q)), ("query", logsumexp)],
         scratch=[(head_dim, rows), (1, rows), (1, rows)],
@@ -503,9 +503,9 @@ def attend(
             f"{q.dtype}, {k.dtype} and {v.dtype}"
         )
     tokens = q.shape[3]
-    query = Blocks.choose(mask.shape[0], tokens)
-    key = Blocks.choose(mask.shape[1], tokens, in_place=layer is not None)
-    by_query, by_key = (visits(mask, query, key, by_key) for by_key in (False, True))
+    query = Cut.choose(mask.shape[0], tokens)
+    key = Cut.choose(mask.shape[1], tokens, in_place=layer is not None)
+    by_query, by_key = (pairs(mask, query, key, by_key) for by_key in (False, True))
     known = isinstance(mask, np.ndarray)
     plan = _Plan(
         query,

@@ -38,7 +38,6 @@ def main() -> None:
             "num_actions": sources.num_actions(flags.data),
             "video_feature": "video",
             "action_feature": "actions",
-            "workers": 0,
             "episodes": flags.episodes,
             "episode_frames": flags.episode_frames,
         }

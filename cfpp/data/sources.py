@@ -10,6 +10,7 @@ import importlib.util
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_collections
 import numpy as np
@@ -141,7 +142,7 @@ def check(data_config: ml_collections.ConfigDict) -> None:
         )
     if data_config.name.startswith("tfds:"):
         return
-    if not _recorded_directory(data_config, *_recording(data_config)).exists():
+    if not _recording(data_config).directory.exists():
         actions = num_actions(data_config.name)
         if data_config.num_actions not in (0, actions):  # 0: of a model that takes none
             raise UserError(
@@ -163,9 +164,9 @@ def prepare(data_config: ml_collections.ConfigDict) -> None:
     """
     check(data_config)
     if not data_config.name.startswith("tfds:"):
-        builder, recorded = _recording(data_config)
-        if not _recorded_directory(data_config, builder, recorded).exists():
-            _record(data_config, builder, recorded)
+        recorded = _recording(data_config)
+        if not recorded.directory.exists():
+            _record(data_config, recorded)
     for split in ("train", "test"):
         check_length(data_config, open_split(data_config, split)[0], f"the first {split} episode")
 
@@ -174,8 +175,8 @@ def recorded_clips(data_config: ml_collections.ConfigDict, frames: int) -> int |
     """How many held-out clips a recording has or will have; None of a dataset made elsewhere."""
     if data_config.name.startswith("tfds:"):
         return None
-    _, recorded = _recording(data_config)
-    return recorded.split_sizes()["test"] * (recorded.episode_frames // frames)
+    config = _recording(data_config).config
+    return config.split_sizes()["test"] * (config.episode_frames // frames)
 
 
 def open_split(data_config: ml_collections.ConfigDict, split: str) -> Episodes:
@@ -197,7 +198,7 @@ def open_split(data_config: ml_collections.ConfigDict, split: str) -> Episodes:
     if data_config.name.startswith("tfds:"):
         directory = _find_dataset(data_config)
     else:
-        directory = _recorded_directory(data_config, *_recording(data_config))
+        directory = _recording(data_config).directory
         if not directory.exists():
             raise MissingError(
                 f"{data_config.name} is not recorded in {directory}; "
@@ -254,10 +255,20 @@ def _game(name: str) -> str:
     return tfds.core.naming.camelcase_to_snakecase(name.removeprefix("atari:"))
 
 
-def _recording(
-    data_config: ml_collections.ConfigDict,
-) -> tuple[type[recording.EpisodeBuilder], recording.RecordingConfig]:
-    """The builder of the configured arena or game, and what it is to record."""
+class _Recording(NamedTuple):
+    """A dataset that is recorded here: what records it, what that is to record, and where to."""
+
+    builder: type[recording.EpisodeBuilder]
+    config: recording.RecordingConfig
+    directory: Path
+
+
+def _recording(data_config: ml_collections.ConfigDict) -> _Recording:
+    """The recording of the configured arena or game.
+
+    Raises:
+      UserError: no recording is configured, or none that can be made.
+    """
     for field in ("episodes", "episode_frames", "height", "width"):
         if data_config[field] < 1:
             raise UserError(f"data.{field} is {data_config[field]}; give at least 1")
@@ -269,14 +280,17 @@ def _recording(
                 f"data.height and data.width are {data_config.height} and {data_config.width}; "
                 f"the arena's pictures are {arena.SIZE} by {arena.SIZE}"
             )
+        builder = arena_dataset_dataset_builder.Builder
         config = arena_dataset_dataset_builder.ArenaConfig(**size)
-        return arena_dataset_dataset_builder.Builder, config
-    if data_config.name.startswith("atari:"):
+    elif data_config.name.startswith("atari:"):
+        builder = atari_dataset_dataset_builder.Builder
         config = atari_dataset_dataset_builder.AtariConfig(
             game=_game(data_config.name), **picture, **size
         )
-        return atari_dataset_dataset_builder.Builder, config
-    raise _unknown(data_config.name)
+    else:
+        raise _unknown(data_config.name)
+    directory = _root(data_config) / builder.name / config.name / str(builder.VERSION)
+    return _Recording(builder, config, directory)
 
 
 def _unknown(name: str) -> MissingError:
@@ -286,19 +300,7 @@ def _unknown(name: str) -> MissingError:
     )
 
 
-def _recorded_directory(
-    data_config: ml_collections.ConfigDict,
-    builder: type[recording.EpisodeBuilder],
-    recorded: recording.RecordingConfig,
-) -> Path:
-    return _root(data_config) / builder.name / recorded.name / str(builder.VERSION)
-
-
-def _record(
-    data_config: ml_collections.ConfigDict,
-    builder: type[recording.EpisodeBuilder],
-    recorded: recording.RecordingConfig,
-) -> None:
+def _record(data_config: ml_collections.ConfigDict, recorded: _Recording) -> None:
     """Records a dataset; its progress bar goes to stderr."""
     root = _root(data_config)
     tfds.disable_progress_bar()  # its bars know no totals
@@ -306,11 +308,11 @@ def _record(
     logging.set_verbosity(logging.ERROR)  # it warns of configurations that are not its own
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads
-            builder(
-                config=recorded, data_dir=root, file_format="array_record"
+            recorded.builder(
+                config=recorded.config, data_dir=root, file_format="array_record"
             ).download_and_prepare()
     except (OSError, RuntimeError) as error:  # RuntimeError: array_record cannot write
-        if _recorded_directory(data_config, builder, recorded).exists():
+        if recorded.directory.exists():
             return  # another process has recorded the same at the same time
         raise UserError(
             f"cannot record {data_config.name} in {root}: {one_line(error)}; "

@@ -15,6 +15,7 @@ from cfpp.errors import UserError
 from cfpp.evaluate import metrics
 from cfpp.models.network import Network, Params
 from cfpp.rollout import generate
+from cfpp.rollout.sampler import Sampler, euler, student_sampler
 from cfpp.rollout.stream import Player
 from cfpp.train import checkpoint
 from cfpp.train import workdir as workdirs
@@ -156,7 +157,7 @@ def load(row: Row) -> Model:
     if row.stage == "bidirectional":
         if config.data.frames < 2:
             raise UserError(f"{row.workdir} has learned single frames and can continue none")
-        sampler = generate.euler(row.steps, config.shift)
+        sampler = euler(row.steps, config.shift)
         network = network.without_unrolling()
         stream = functools.partial(_blockwise, network, params, sampler, config.data.frames)
         return Model(stream, config.data.frames - 1, sampler.steps)
@@ -164,7 +165,7 @@ def load(row: Row) -> Model:
     rollout = generate.for_stage(config, row.steps, None if teacher else row.first_steps)
     if teacher and row.method == "consistency":  # as if it were distilled
         student = workdirs.read_config(row.student) if row.student else config
-        sampler = generate.student_sampler(student, row.steps, row.first_steps)
+        sampler = student_sampler(student, row.steps, row.first_steps)
         rollout = rollout.replace(sampler=sampler, guidance=1.0)
     chunk = rollout.network.pattern.chunk
     return Model(functools.partial(_causal, rollout, params), chunk, rollout.passes / chunk)
@@ -188,7 +189,7 @@ def _causal(
 def _blockwise(
     network: Network,
     params: Params,
-    sampler: generate.Sampler,
+    sampler: Sampler,
     frames: int,
     context: np.ndarray,
     actions: np.ndarray,

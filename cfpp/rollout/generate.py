@@ -17,7 +17,7 @@ others. It takes a program of its own, and its context pass is never fused.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import einops
@@ -33,64 +33,10 @@ from cfpp.attention.pattern import CLEAN, Pattern
 from cfpp.errors import UserError
 from cfpp.models import codec
 from cfpp.models.network import Condition, Network, Params, guide_pairs, twice
+from cfpp.rollout.sampler import Sampler, euler, student_sampler
 
-# (frame, step) -> noise of a chunk's frames from that one on, as far as it goes; see `draw_noise`.
+# (frames, step) -> noise of these frames, int32 [F], at a step: [B, F, H, W, C].
 Noise = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-class Sampler(flax.struct.PyTreeNode):
-    """Noise levels and the step between them.
-
-    Row 0 of the arrays is for the first generated chunk, which may take more steps, row 1 for the
-    later ones. Levels are arrays and not constants of a program, so that samplers of one kind share
-    what is compiled.
-
-    Attributes:
-      sigmas: falling noise levels, float32 `[2, width]`, filled up with zeros.
-      last: int32 `[2]`, the last step, at which x0 is predicted: network passes less one.
-      step: `flow.consistency_step` or `flow.euler_step`.
-    """
-
-    sigmas: np.ndarray
-    last: np.ndarray
-    step: Callable = flax.struct.field(pytree_node=False)
-
-    @classmethod
-    def create(cls, sigmas: Sequence[float], first: Sequence[float], step: Callable) -> "Sampler":
-        """A sampler from falling noise levels that end in 0, and those of the first chunk."""
-        rows = (first, sigmas)
-        width = max(8, 2 ** int(np.ceil(np.log2(max(map(len, rows))))))  # few widths, few programs
-        padded = np.zeros((2, width), np.float32)
-        for row, levels in zip(padded, rows, strict=True):
-            row[: len(levels)] = levels
-        return cls(padded, np.array([len(levels) - 2 for levels in rows], np.int32), step)
-
-    @property
-    def steps(self) -> int:
-        """Network passes of a chunk after the first, context pass not counted."""
-        return int(self.last[1]) + 1
-
-    def of_chunks(self, chunks: int) -> tuple[jax.Array, jax.Array]:
-        """Noise levels `[chunks, width]` and last step `[chunks]` of each generated chunk."""
-        rows = np.minimum(np.arange(chunks), 1)
-        return jnp.asarray(self.sigmas)[rows], jnp.asarray(self.last)[rows]
-
-
-def evenly(steps: int) -> tuple[float, ...]:
-    """The usual few-step positions: `evenly(2)` is (1000, 500)."""
-    return tuple(1000.0 * (1 - k / steps) for k in range(steps))
-
-
-def consistency(steps: int, shift: float, first_steps: int | None = None) -> Sampler:
-    """The consistency sampler at evenly spaced positions; `student_sampler` at a student's own."""
-    sigmas, first = (flow.schedule(evenly(n), shift) for n in (steps, first_steps or steps))
-    return Sampler.create(sigmas, first, flow.consistency_step)
-
-
-def euler(steps: int, shift: float) -> Sampler:
-    """Euler's method on the solver grid: what many-step teachers run with."""
-    sigmas = flow.grid(steps, shift)
-    return Sampler.create(sigmas, sigmas, flow.euler_step)
 
 
 class Stream(flax.struct.PyTreeNode):
@@ -227,7 +173,8 @@ class Rollout(flax.struct.PyTreeNode):
         Args:
           actions: int32 `[B, chunk]`, or None for a model without actions. A first chunk of
             another length takes `[B, stream.first]`.
-          noise: `(frame, step) -> [B, chunk, H, W, C]`, the noise that a step starts from.
+          noise: `(frames, step) -> [B, chunk, H, W, C]`, the noise of the chunk's frames that a
+            step starts from.
           sigmas: float32 `[steps + 1]`, the chunk's noise levels.
           last: int32 [], the step at which x0 is predicted: known only at run time, so that first
             and later chunks, and stage 3's random exits, share one program.
@@ -241,7 +188,7 @@ class Rollout(flax.struct.PyTreeNode):
         def evaluate(x, step):
             return self._evaluate(params, stream, x, level(step), frame, noisy, actions)[0]
 
-        x = draw_noise(noise, stream.frame, 0, size)
+        x = noise(frame, 0)
         if self.fused and stream.first is None:
             cache, v = self._fused_step(params, stream, x, level(0), frame, actions)
             stream = stream.replace(cache=cache)
@@ -250,7 +197,7 @@ class Rollout(flax.struct.PyTreeNode):
 
         def body(step, carry):
             x, v = carry
-            fresh = draw_noise(noise, stream.frame, step + 1, size)
+            fresh = noise(frame, step + 1)
             x = self.sampler.step(x, v, level(step), level(step + 1), fresh)
             return x, evaluate(x, step + 1)
 
@@ -297,16 +244,17 @@ class Rollout(flax.struct.PyTreeNode):
         params: Params,
         stream: Stream,
         condition: Condition,
-        chunks: int,
         noise: Noise,
         sigmas: jax.Array,
         last: jax.Array,
     ) -> tuple[Stream, Chunk]:
-        """Generates `chunks` chunks in one scan, after a first one if that is of another length.
+        """Generates chunks in one scan, after a first one if that is of another length.
 
         Args:
           condition: actions of the frames to generate, int32 `[B, N]`.
-          sigmas: float32 `[chunks, steps + 1]`; last: int32 `[chunks]`.
+          noise: see `generate`.
+          sigmas: float32 `[chunks, steps + 1]`, each chunk's noise levels.
+          last: int32 `[chunks]`, each chunk's last step; there are as many chunks as these.
 
         Returns:
           The stream, and a `Chunk` whose x0 and x are `[B, N, H, W, C]` and whose sigma is `[N]`.
@@ -316,11 +264,11 @@ class Rollout(flax.struct.PyTreeNode):
         """
         params = self.network.gathered(params)
         if stream.first is not None:
-            return self._unroll_first(params, stream, condition, chunks, noise, sigmas, last)
+            return self._unroll_first(params, stream, condition, noise, sigmas, last)
         actions = condition.get("actions")
         size = self.network.pattern.chunk
         before = stream.frame if isinstance(stream.frame, np.integer) else 0  # or not known
-        self._check_slots(stream.cache.slots, before + chunks * size)
+        self._check_slots(stream.cache.slots, before + len(last) * size)
         if actions is not None:
             actions = einops.rearrange(actions, "b (n c) -> n b c", c=size)
 
@@ -328,18 +276,18 @@ class Rollout(flax.struct.PyTreeNode):
             actions, sigmas, last = inputs
             return self.chunk(params, stream, actions, noise, sigmas, last)
 
-        stream, out = jax.lax.scan(body, stream, (actions, sigmas, last), length=chunks)
+        stream, out = jax.lax.scan(body, stream, (actions, sigmas, last))
         join = lambda x: einops.rearrange(x, "n b c ... -> b (n c) ...")
         return stream, Chunk(join(out.x0), join(out.x), jnp.repeat(out.sigma, size))
 
-    def _unroll_first(self, params, stream, condition, chunks, noise, sigmas, last):
+    def _unroll_first(self, params, stream, condition, noise, sigmas, last):
         """`unroll` from a first chunk of another length: that one, and then the others."""
         first, actions, others = stream.first, condition.get("actions"), {}
         if actions is not None:
             actions, others = actions[:, :first], {"actions": actions[:, first:]}
         sigmas = jnp.asarray(sigmas)
         stream, one = self.chunk(params, stream, actions, noise, sigmas[0], last[0])
-        stream, out = self.unroll(params, stream, others, chunks - 1, noise, sigmas[1:], last[1:])
+        stream, out = self.unroll(params, stream, others, noise, sigmas[1:], last[1:])
         join = lambda a, b: jnp.concatenate([a, b], 1)
         sigma = jnp.concatenate([jnp.broadcast_to(one.sigma, first), out.sigma])
         return stream, Chunk(join(one.x0, out.x0), join(one.x, out.x), sigma)
@@ -367,16 +315,16 @@ class Rollout(flax.struct.PyTreeNode):
         total = condition["actions"].shape[1]
         rollout = self.after(given)
         ends = chunk_ends(rollout.network.pattern, given, total)
-        chunks, end = len(ends), int(ends.max(initial=total))
+        end = int(ends.max(initial=total))
         actions = jnp.pad(condition["actions"], ((0, 0), (0, end - total)), "edge")
         first = condition | {"actions": actions[:, :given]}
         later = condition | {"actions": actions[:, given:]}
 
         slots = self.network.pattern.window or end
         stream = rollout.start(params, codec.encode(context), first, slots)
-        noise = gaussian_noise(rng, stream.pending.shape)
-        sigmas, last = self.sampler.of_chunks(chunks)
-        _, out = rollout.unroll(params, stream, later, chunks, noise, sigmas, last)
+        noise = gaussian_noise(rng, stream.pending[:, 0].shape)
+        sigmas, last = self.sampler.of_chunks(len(ends))
+        _, out = rollout.unroll(params, stream, later, noise, sigmas, last)
         return codec.decode(out.x0[:, : total - given])
 
     def after(self, given: int) -> "Rollout":
@@ -429,31 +377,6 @@ class Rollout(flax.struct.PyTreeNode):
         return stream.cache.write(stream.pending_frame, key, value), v[:, size:]
 
 
-def student_sampler(
-    config: ml_collections.ConfigDict, steps: int | None = None, first_steps: int | None = None
-) -> Sampler:
-    """The consistency sampler of a student, at the positions of its config.
-
-    Args:
-      config: of its stage: `shift`, `positions` and `first_positions`, of which the last two may be
-        missing.
-      steps: None is as many as `positions`, or 2.
-      first_steps: of the first chunk; None is as many as `first_positions` where `steps` are as
-        many as `positions`, or else `steps`.
-
-    The steps of either kind of chunk are taken at its own positions if these are as many, else at
-    the other kind's if those are, else at evenly spaced ones.
-    """
-    positions = config.get("positions", evenly(2))
-    first_positions = config.get("first_positions", ()) or positions
-    steps = steps or len(positions)
-    first_steps = first_steps or (len(first_positions) if steps == len(positions) else steps)
-    of = lambda n, *rows: next((row for row in rows if len(row) == n), evenly(n))
-    rows = of(steps, positions, first_positions), of(first_steps, first_positions, positions)
-    levels, first_levels = (flow.schedule(row, config.shift) for row in rows)
-    return Sampler.create(levels, first_levels, flow.consistency_step)
-
-
 def for_stage(
     config: ml_collections.ConfigDict,
     steps: int | None = None,
@@ -488,22 +411,17 @@ def chunk_ends(pattern: Pattern, given: int, frames: int) -> np.ndarray:
     return np.unique(pattern.chunk_end(np.arange(given, frames)))
 
 
-def draw_noise(noise: Noise, frame: jax.Array, step: jax.Array, size: int) -> jax.Array:
-    """The noise of `size` frames from `frame` on.
-
-    The length of what `noise` returns is its own; a first chunk may take more of it, or less.
-    """
-    drawn = noise(frame, step)
-    while drawn.shape[1] < size:
-        drawn = jnp.concatenate([drawn, noise(frame + drawn.shape[1], step)], 1)
-    return drawn[:, :size]
-
-
 def gaussian_noise(rng: jax.Array, shape: tuple[int, ...]) -> Noise:
-    """Fresh noise for every (frame, step), a function of the key alone."""
+    """Fresh noise for every (frame, step), a function of the key alone.
 
-    def noise(frame, step):
-        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(rng, frame), step), shape)
+    Args:
+      rng: a key.
+      shape: of one frame, `[..., H, W, C]`. The axis of the frames comes before the last three.
+    """
+
+    def noise(frames, step):
+        key = lambda frame: jax.random.fold_in(jax.random.fold_in(rng, frame), step)
+        return jax.vmap(lambda frame: jax.random.normal(key(frame), shape), out_axes=-4)(frames)
 
     return noise
 

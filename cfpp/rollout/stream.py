@@ -106,7 +106,7 @@ def _generate(
     schedule: jax.Array,
 ) -> tuple[Stream, jax.Array]:
     sigmas, last = rollout.sampler.sigmas[schedule], rollout.sampler.last[schedule]
-    noise = gaussian_noise(rng, stream.pending.shape)
+    noise = gaussian_noise(rng, stream.pending[:, 0].shape)
     stream = stream.replace(cache=cache)
     stream, chunk = rollout.generate(params, stream, actions, noise, sigmas, last)
     return stream, codec.decode(chunk.x0)

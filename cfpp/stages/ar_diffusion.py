@@ -15,13 +15,13 @@ from cfpp.stages.stage import (
     Parent,
     Stage,
     advance,
-    clip,
     descend,
     draw_sigma,
     inherit,
     optimizer,
     repeat_draws,
     start,
+    unpack,
 )
 
 
@@ -35,13 +35,10 @@ def build(config) -> Stage:
     transform = optimizer(config.optimizer, config.steps)
 
     def init(rng, parents):
-        params = network.init(rng)
-        if "base" in parents:
-            params = inherit(params, parents["base"])
-        return start(params, transform)
+        return start(inherit(network.init(rng), parents.get("base")), transform)
 
     def step(state, batch, rng):
-        clean, condition = clip(batch)
+        clean, condition = unpack(batch)
         noise_rng, sigma_rng, drop_rng = jax.random.split(rng, 3)
         shape = (len(clean), config.draws, clean.shape[1])
         x0 = repeat_draws(clean, config.draws)

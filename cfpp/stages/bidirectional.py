@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from cfpp import flow
 from cfpp.models.network import Network
-from cfpp.stages.stage import Parent, Stage, advance, clip, descend, inherit, optimizer, start
+from cfpp.stages.stage import Parent, Stage, advance, descend, inherit, optimizer, start, unpack
 
 
 def build(config) -> Stage:
@@ -28,13 +28,10 @@ def build(config) -> Stage:
     transform = optimizer(config.optimizer, config.steps)
 
     def init(rng, parents):
-        params = network.init(rng)
-        if "base" in parents:
-            params = inherit(params, parents["base"])
-        return start(params, transform)
+        return start(inherit(network.init(rng), parents.get("base")), transform)
 
     def step(state, batch, rng):
-        x0, condition = clip(batch)
+        x0, condition = unpack(batch)
         noise_rng, sigma_rng, given_rng, drop_rng = jax.random.split(rng, 4)
         noise = jax.random.normal(noise_rng, x0.shape)
         sigma = flow.shift(jax.random.uniform(sigma_rng, (len(x0), 1)), config.shift)

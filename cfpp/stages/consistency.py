@@ -17,14 +17,13 @@ import numpy as np
 
 from cfpp import flow
 from cfpp.models.network import Network
-from cfpp.rollout.generate import student_sampler
+from cfpp.rollout.sampler import student_sampler
 from cfpp.stages.stage import (
     FLOATS,
     Parent,
     Stage,
     advance,
     check_choice,
-    clip,
     descend,
     freeze,
     inherit,
@@ -32,6 +31,7 @@ from cfpp.stages.stage import (
     per_chunk,
     repeat_draws,
     start,
+    unpack,
 )
 
 DISTANCES = ("mse", "pseudo_huber")
@@ -115,7 +115,7 @@ def build(config) -> Stage:
         return start(params, transform, {"teacher": freeze(params, config.frozen_dtype)})
 
     def step(state, batch, rng):
-        clean, condition = clip(batch)
+        clean, condition = unpack(batch)
         noise_rng, index_rng = jax.random.split(rng)
         x0 = repeat_draws(clean, config.draws)
         noise = jax.random.normal(noise_rng, x0.shape)

@@ -28,7 +28,8 @@ from cfpp import flow
 from cfpp.attention.cache import Cache
 from cfpp.models.dit import HISTORY_GRADIENTS
 from cfpp.models.network import Condition, Network, Params
-from cfpp.rollout.generate import Noise, Rollout, chunk_ends, gaussian_noise, student_sampler
+from cfpp.rollout.generate import Noise, Rollout, chunk_ends, gaussian_noise
+from cfpp.rollout.sampler import student_sampler
 from cfpp.stages.stage import (
     FLOATS,
     Parent,
@@ -36,12 +37,12 @@ from cfpp.stages.stage import (
     State,
     advance,
     check_choice,
-    clip,
     descend,
     draw_sigma,
     freeze,
     inherit,
     optimizer,
+    unpack,
 )
 
 REAL_SCORES = ("bidirectional", "causal")
@@ -90,7 +91,7 @@ def self_rollout(
       rollout: the student's, with chunks counted from the given frames (`Rollout.after`).
       x0: real clips `[B, F, H, W, C]`: the given frames, and the length.
       condition: of all F frames.
-      noise: `(frame, step) -> [B, chunk, H, W, C]`.
+      noise: `(frames, step) -> [B, chunk, H, W, C]`, of a chunk's frames.
       last: int32 `[chunks]`, the step at which each generated chunk leaves its denoising.
 
     Returns:
@@ -102,9 +103,8 @@ def self_rollout(
     actions = condition.get("actions")
     split = lambda part: condition if actions is None else condition | {"actions": actions[:, part]}
     stream = rollout.start(params, x0[:, :given], split(np.s_[:given]), frames)
-    chunks = len(last)
-    sigmas, _ = rollout.sampler.of_chunks(chunks)
-    stream, out = rollout.unroll(params, stream, split(np.s_[given:]), chunks, noise, sigmas, last)
+    sigmas, _ = rollout.sampler.of_chunks(len(last))
+    stream, out = rollout.unroll(params, stream, split(np.s_[given:]), noise, sigmas, last)
     x = jnp.concatenate([x0[:, :given], out.x0], 1)
     return jax.lax.stop_gradient((stream.cache, x, out.x, out.sigma))
 
@@ -225,10 +225,8 @@ def build(config) -> Stage:
         return draw_exits(exit_rng), (clip_rngs, jax.random.normal(noise_rng, x0.shape), sigma)
 
     def fresh_clip(params, x0, condition, rngs, last):
-        shape = (network.pattern.chunk, *x0.shape[2:])
-        noise = lambda frame, step: jax.vmap(lambda rng: gaussian_noise(rng, shape)(frame, step))(
-            rngs
-        )
+        draw = lambda rng, frames, step: gaussian_noise(rng, x0.shape[2:])(frames, step)
+        noise = lambda frames, step: jax.vmap(draw, (0, None, None))(rngs, frames, step)
         return self_rollout(rollout, params, x0, condition, given, noise, last)
 
     def train_critic(state, x0, condition, rng):
@@ -265,7 +263,7 @@ def build(config) -> Stage:
         return advance(state, config), metrics
 
     def step(state, batch, rng):
-        x0, condition = clip(batch)
+        x0, condition = unpack(batch)
         student_rng, *critic_rngs = jax.random.split(rng, 1 + config.critic_steps)
         state, critic_loss = jax.lax.scan(
             lambda state, rng: train_critic(state, x0, condition, rng),

@@ -22,12 +22,12 @@ from cfpp.stages.stage import (
     Stage,
     advance,
     check_choice,
-    clip,
     descend,
     freeze,
     inherit,
     optimizer,
     start,
+    unpack,
 )
 
 
@@ -85,7 +85,7 @@ def build(config) -> Stage:
         return start(params, transform, {"teacher": freeze(params, config.frozen_dtype)})
 
     def step(state, batch, rng):
-        clean, condition = clip(batch)
+        clean, condition = unpack(batch)
         noise = jax.random.normal(rng, clean.shape)
         teacher_params = state.frozen["teacher"]
 

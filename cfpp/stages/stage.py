@@ -80,7 +80,7 @@ def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def clip(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
+def unpack(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
     """Latents and condition of a batch from the input pipeline.
 
     Args:
@@ -95,12 +95,14 @@ def clip(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
     return codec.encode(batch["video"]), condition
 
 
-def inherit(template: Params, parent: Params) -> Params:
-    """The parent's values in the boxes of freshly initialised parameters.
+def inherit(template: Params, parent: Params | None) -> Params:
+    """Freshly initialised parameters, with the parent's values, if there is one, in their boxes.
 
     Raises:
       UserError: the parent is of another shape.
     """
+    if parent is None:
+        return template
     shapes.check(nn.meta.unbox(template), parent, "the parent")
     return nn.meta.replace_boxed(template, parent)
 
@@ -129,12 +131,10 @@ def optimizer(
     """
     final_rate, adam_rate = config.get("final_rate", 0.0), config.get("adam_rate", config.rate)
     rates = {
-        "constant": lambda peak: optax.schedules.join_schedules(
-            [
-                optax.schedules.linear_schedule(0.0, peak, config.warmup),
-                optax.schedules.constant_schedule(peak),
-            ],
-            [config.warmup],  # `warmup_constant_schedule` stays at 0 for ever without a warmup
+        "constant": lambda peak: optax.schedules.warmup_constant_schedule(
+            0.0 if config.warmup else peak,  # without a warmup it stays there for ever
+            peak,
+            config.warmup,
         ),
         "cosine": lambda peak: optax.schedules.warmup_cosine_decay_schedule(
             0.0, peak, config.warmup, max(steps, config.warmup + 1), final_rate * peak

@@ -40,9 +40,7 @@ class Writer:
         self._path, self._rows = path, []
         if path.exists():
             self._rows = _rows_until(first_step, path.read_text())
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text("".join(self._rows))
-            temporary.replace(path)
+            paths.replace_text(path, "".join(self._rows))
         self._tensorboard = _tensorboard(workdir / "tensorboard")
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:

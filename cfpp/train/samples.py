@@ -12,6 +12,7 @@ from cfpp.errors import UserError
 from cfpp.models.network import Network
 from cfpp.parallel import hosts
 from cfpp.rollout import generate
+from cfpp.rollout.sampler import euler
 from cfpp.stages import State
 from cfpp.train.metrics import Writer
 
@@ -55,7 +56,7 @@ def draw(
     rng = jax.random.key(config.seed)
     if config.stage == "bidirectional":
         network = Network.create(config.model, config.pattern).without_unrolling()
-        sampler = generate.euler(BASE_STEPS, config.shift)
+        sampler = euler(BASE_STEPS, config.shift)
         video = generate.bidirectional_clip(network, state.ema, context, condition, rng, sampler)
     else:
         video = generate.for_stage(config).clip(state.ema, context, condition, rng)

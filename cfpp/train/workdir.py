@@ -130,9 +130,7 @@ def alone(workdir: epath.PathLike) -> Iterator[None]:
 
 def write_config(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Writes `folder/config.json`; a crash leaves either the old file or the new one."""
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    temporary.replace(folder / "config.json")
+    paths.replace_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def read_config(folder: epath.PathLike) -> ml_collections.ConfigDict:

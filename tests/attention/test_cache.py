@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from cfpp.attention import dispatch, pallas_gpu, pallas_tpu, reference, schedule, xla
 from cfpp.attention.cache import LARGEST_VALUES, Cache, Quantised
 from cfpp.attention.pattern import Pattern
-from cfpp.rollout.generate import Rollout, consistency
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import consistency
 from tests import tiny
 from tests.attention import compare
 
@@ -135,7 +136,7 @@ def test_a_rollout_with_a_quantised_cache_stays_near():
             given = {"actions": tiny.actions(1)}
             stream = rollout.start(params, tiny.latents(net, 1), given)
             noise, later = tiny.noise_table(net, 7, 2), {"actions": tiny.actions(6)}
-            return rollout.unroll(params, stream, later, 6, noise, *levels)[1].x0
+            return rollout.unroll(params, stream, later, noise, *levels)[1].x0
 
         return start, run(tiny.params(net))
 

@@ -16,7 +16,8 @@ import pytest
 from cfpp.attention.pattern import Pattern
 from cfpp.parallel import mesh, topology
 from cfpp.rollout import stream as stream_module
-from cfpp.rollout.generate import Rollout, consistency
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import consistency
 from tests import tiny
 
 

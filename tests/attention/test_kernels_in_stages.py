@@ -8,7 +8,8 @@ import pytest
 
 from cfpp import stages
 from cfpp.attention.pattern import Pattern
-from cfpp.rollout.generate import Rollout, consistency
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import consistency
 from cfpp.stages import dmd
 from tests import test_stages, tiny
 
@@ -60,7 +61,7 @@ def rolled_out(attention: str, frames: int = 7) -> jax.Array:
     @jax.jit
     def run(params):
         stream = rollout.start(params, tiny.latents(net, 1), {"actions": tiny.actions(1)})
-        return rollout.unroll(params, stream, later, frames, noise, *levels)[1].x0
+        return rollout.unroll(params, stream, later, noise, *levels)[1].x0
 
     return run(tiny.params(net))
 

@@ -38,13 +38,13 @@ def blocks_of(
     ],
 )
 def test_blocks_cut_frames_evenly(frames, tokens, group, split):
-    blocks = pallas_tpu.Blocks.choose(frames, tokens)
+    blocks = pallas_tpu.Cut.choose(frames, tokens)
     assert blocks == (group, split, group * tokens // split, 0)
 
 
 @given(st.integers(pallas_tpu.LARGEST_BLOCK + 1, 20_000))
 def test_any_large_frame_is_cut_into_few_blocks(tokens):
-    _, split, rows, tail = pallas_tpu.Blocks.choose(7, tokens)
+    _, split, rows, tail = pallas_tpu.Cut.choose(7, tokens)
     assert (split - 1) * rows + (tail or rows) == tokens
     assert pallas_tpu.SMALLEST_PART <= rows <= pallas_tpu.LARGEST_BLOCK
     assert not tail or (0 < tail < rows and rows % pallas_tpu.LANES == 0)
@@ -52,19 +52,19 @@ def test_any_large_frame_is_cut_into_few_blocks(tokens):
 
 
 def test_a_cache_is_cut_where_that_moves_no_data():
-    assert pallas_tpu.Blocks.choose(20, 16, in_place=True).group == 20
-    assert pallas_tpu.Blocks.choose(20, 18, in_place=True).group == 1
+    assert pallas_tpu.Cut.choose(20, 16, in_place=True).group == 20
+    assert pallas_tpu.Cut.choose(20, 18, in_place=True).group == 1
 
 
 @settings(deadline=None)
 @given(compare.masks(), st.sampled_from([(4, 20), (9, 10), (40, 40), (2, 4)]), st.booleans())
-def test_visits_spell_out_the_mask(mask, tokens_largest, by_key):
+def test_pairs_spell_out_the_mask(mask, tokens_largest, by_key):
     """Every visible pair of tokens is met once, no pair of blocks without one, none left out."""
     tokens, largest = tokens_largest
     with pytest.MonkeyPatch.context() as patch:
         blocks_of(patch, 1, largest)
-        query, key = (pallas_tpu.Blocks.choose(frames, tokens) for frames in mask.shape)
-    outer, inner, kind, bits, length = pallas_tpu.visits(mask, query, key, by_key)
+        query, key = (pallas_tpu.Cut.choose(frames, tokens) for frames in mask.shape)
+    outer, inner, kind, bits, length = pallas_tpu.pairs(mask, query, key, by_key)
     assert len(outer) == length
     seen = mask.repeat(tokens, 0).repeat(tokens, 1)
     found = np.zeros_like(seen)
@@ -78,16 +78,16 @@ def test_visits_spell_out_the_mask(mask, tokens_largest, by_key):
         assert kind[visit] or not seen[rows].any() or by_key
         found[rows, columns][:, : key.rows] |= block
     np.testing.assert_array_equal(found, seen)
-    assert (np.diff(outer) >= 0).all()  # an output block is written in one run of visits
+    assert (np.diff(outer) >= 0).all()  # an output block is written in one run of pairs
     assert set(outer) == set(range(max(outer) + 1))
 
 
-def test_visits_of_a_mask_known_at_run_time():
+def test_pairs_of_a_mask_known_at_run_time():
     mask = np.random.default_rng(0).random((6, 4)) < 0.4
-    query, key = pallas_tpu.Blocks(2, 1, 8), pallas_tpu.Blocks(1, 1, 4)
+    query, key = pallas_tpu.Cut(2, 1, 8), pallas_tpu.Cut(1, 1, 4)
     for by_key in (False, True):
-        expected = pallas_tpu.visits(mask, query, key, by_key)
-        found = jax.jit(lambda m, b=by_key: pallas_tpu.visits(m, query, key, b))(mask)
+        expected = pallas_tpu.pairs(mask, query, key, by_key)
+        found = jax.jit(lambda m, b=by_key: pallas_tpu.pairs(m, query, key, b))(mask)
         for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_array_equal(ours.reshape(-1)[: theirs.size], theirs.reshape(-1))
 

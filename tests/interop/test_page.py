@@ -13,7 +13,8 @@ import pytest
 from cfpp import flow
 from cfpp.attention.pattern import Pattern, teacher_forced_entries
 from cfpp.interop import wan
-from cfpp.rollout.generate import Rollout, consistency
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import consistency
 from cfpp.stages import consistency as stage2
 from cfpp.stages import dmd, ode
 from tests import tiny
@@ -42,7 +43,7 @@ def names():
         weights=wan.to_wan(params, 2), height=8, width=12, head_dim=12,
         net=net, params=params, rollout=rollout, stream=stream,
         cache=net.dit.cache(2, FRAMES), condition=text, null=null, guidance=3.0,
-        slots=FRAMES, chunks=CHUNKS, frames=FRAMES,
+        slots=FRAMES, frames=FRAMES,
         given=clean[:, :3], clean=clean, noise=noise, noise_of=noise_of, x=x, inputs=x, endpoint=x,
         x0=x[:, :3], frame=np.arange(3), level=jnp.zeros((2, 3)), sigma=sigma, last=last,
         sigmas=jnp.asarray(rollout.sampler.sigmas), grid=jnp.asarray(flow.grid(4, 5.0)),

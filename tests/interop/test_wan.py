@@ -13,7 +13,8 @@ from cfpp.attention.pattern import CLEAN, Pattern, teacher_forced_entries
 from cfpp.errors import UserError
 from cfpp.interop import diffusers, wan
 from cfpp.models.network import Network
-from cfpp.rollout.generate import Rollout, Sampler
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import Sampler
 from tests.tiny import close
 
 REFERENCE = pathlib.Path(__file__).parents[3] / "shared" / "reference"
@@ -143,9 +144,9 @@ def test_mask():
 
 
 def kv_noise() -> jax.Array:
-    """The rollout's noises `[frame, step, B, 1, H, W, C]`: what it starts from, and renoises by."""
+    """The rollout's noises `[frame, step, B, H, W, C]`: what it starts from, and renoises by."""
     noise, renoise = array("e_kv_framewise", "noise"), array("e_kv_framewise", "renoise")
-    return jnp.stack([jnp.moveaxis(jnp.asarray(noise), 1, 0)[:, :, None], renoise], 1)
+    return jnp.stack([jnp.moveaxis(jnp.asarray(noise), 1, 0), renoise[:, :, 0]], 1)
 
 
 def test_rollout_with_cache():
@@ -159,9 +160,9 @@ def test_rollout_with_cache():
 
     def run(params, rollout):
         start = rollout.start(params, jnp.zeros((2, 0, 8, 12, 16)), text, slots=6)
-        at = lambda frame, step: noise[frame, jnp.minimum(step, 1)]
+        at = lambda frames, step: jnp.moveaxis(noise[frames, jnp.minimum(step, 1)], 0, 1)
         sigmas = jnp.tile(rollout.sampler.sigmas[1], (6, 1))
-        return rollout.unroll(params, start, text, 6, at, sigmas, np.full(6, 1))[1].x0
+        return rollout.unroll(params, start, text, at, sigmas, np.full(6, 1))[1].x0
 
     for fused in (False, True):
         out = jax.jit(run)(params, Rollout(net, sampler, fused=fused))
@@ -185,7 +186,7 @@ def test_every_call_of_the_rollout():
 
     cache = net.dit.cache(2, 6)
     for i in range(6):
-        frame, x = jnp.array([i]), noise[i, 0]
+        frame, (x, renoise) = jnp.array([i]), noise[i][:, :, None]
         for step in range(3):
             sigma, is_clean = levels[step], step == 2
             assert 1000 * sigma == pytest.approx(array("e_kv_framewise", "call_timestep")[step])
@@ -193,7 +194,7 @@ def test_every_call_of_the_rollout():
             close(v, theirs[3 * i + step], 1e-4)
             if not is_clean:
                 level = jnp.full((2, 1), sigma)
-                x = flow.consistency_step(x, v, level, 0 * level + levels[step + 1], noise[i, 1])
+                x = flow.consistency_step(x, v, level, 0 * level + levels[step + 1], renoise)
         close(x[:, 0], array("e_kv_framewise", "output")[:, i], 1e-4)
         cache = cache.write(frame, *key_value)
 

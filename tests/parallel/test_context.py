@@ -57,7 +57,8 @@ print("equal")
 """
 
 ROLLOUT = """
-from cfpp.rollout.generate import Rollout, consistency
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import consistency
 net = tiny.network(Pattern(window=3, sink=1), heads=4)
 params = tiny.params(net)
 rollout = Rollout(net, consistency(2, 3.0))

@@ -16,6 +16,7 @@ from cfpp.data import linear_gaussian
 from cfpp.data.linear_gaussian import Gaussian, World
 from cfpp.models.network import Network
 from cfpp.rollout import generate
+from cfpp.rollout.sampler import consistency, euler
 from cfpp.stages import ode
 from configs import common
 from tests.proof.experiments import ACTIONS, FRAMES, batch
@@ -70,10 +71,10 @@ def rolled_out(rollout: generate.Rollout, params, actions: jax.Array, rng: jax.A
     dit, (size, frames) = rollout.network.dit, actions.shape
     empty = jnp.zeros((size, 0, dit.height, dit.width, dit.channels))
     stream = rollout.start(params, empty, {"actions": actions[:, :0]}, frames)
-    noise = generate.gaussian_noise(rng, stream.pending.shape)
+    noise = generate.gaussian_noise(rng, stream.pending[:, 0].shape)
     sigmas, last = rollout.sampler.of_chunks(frames)
     condition = {"actions": actions}
-    return rollout.unroll(params, stream, condition, frames, noise, sigmas, last)[1].x0
+    return rollout.unroll(params, stream, condition, noise, sigmas, last)[1].x0
 
 
 def deviations(clips: np.ndarray, law) -> dict[str, np.ndarray]:
@@ -129,8 +130,8 @@ def recipe(world: World, actions, size: int = 64, clips: int = 8192) -> dict[str
     trained["CD"] = train(world, student, {"teacher": trained["teacher"]}, size)
     parents = {"student": trained["CD"], "real": trained["teacher"]}
     trained["DMD"] = train(world, final, parents, size)
-    few = {f"{k} step" + "s" * (k > 1): generate.consistency(k, 1.0) for k in (1, 2)}
-    samplers = {"teacher": {"48 steps": generate.euler(48, 1.0)}, "CD": few, "DMD": few}
+    few = {f"{k} step" + "s" * (k > 1): consistency(k, 1.0) for k in (1, 2)}
+    samplers = {"teacher": {"48 steps": euler(48, 1.0)}, "CD": few, "DMD": few}
     return {
         f"{name}, {steps}": rollouts(teacher, params, sampler, actions, clips)
         for name, params in trained.items()

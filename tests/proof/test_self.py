@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from cfpp import flow
 from cfpp.attention.pattern import CLEAN, Pattern
-from cfpp.rollout.generate import Rollout, consistency, euler
+from cfpp.rollout.generate import Rollout
+from cfpp.rollout.sampler import consistency, euler
 from cfpp.stages import consistency as stage2
 from cfpp.stages import dmd, ode
 from tests import tiny
@@ -134,7 +135,7 @@ def test_fused_equals_separate_and_one_scan_equals_chunk_by_chunk(pattern, befor
     frames = edges[-1]
     x0, actions = wide(tiny.latents(net, before)), tiny.actions(frames)
     table = tiny.noise_table(net, frames, 3)
-    noise = lambda frame, step: wide(table(frame, step))
+    noise = lambda frames, step: wide(table(frames, step))
     sigmas, last = sampler.of_chunks(chunks)
     clips = []
     for fused in (True, False):
@@ -144,7 +145,7 @@ def test_fused_equals_separate_and_one_scan_equals_chunk_by_chunk(pattern, befor
         start = jax.jit(lambda p, r=rollout, f=first, s=slots: r.start(p, x0, f, s))(params)
         _, scanned = jax.jit(
             lambda p, s, r=rollout: r.unroll(
-                p, s, {"actions": actions[:, before:]}, chunks, noise, sigmas, last
+                p, s, {"actions": actions[:, before:]}, noise, sigmas, last
             )
         )(params, start)
         one = jax.jit(
@@ -175,7 +176,7 @@ def test_guidance_away_from_a_text():
     def run(params, null):
         stream = rollout.start(params, tiny.latents(net, 0), {"text": text}, null=null)
         levels = jnp.tile(jnp.array([1.0, 0.0]), (4, 1))
-        _, out = rollout.unroll(params, stream, {}, 4, noise, levels, np.zeros(4, int))
+        _, out = rollout.unroll(params, stream, {}, noise, levels, np.zeros(4, int))
         v = net.teacher_forced(params, out.x0, {"text": text}, 2.0, null)(out.x, ones)
         return out.x0, flow.to_x0(out.x, v, ones)
 
@@ -199,21 +200,17 @@ def naive_rollout(net, params, x0, actions, edges, noise, sigmas, last, straight
         copy = np.full_like(frame, copy)
         return evaluate(net, params, cache, x, sigma, frame, copy, actions[:, frame])
 
-    def fresh(frame, step):
-        pieces = [noise(i, step) for i in frame[:: net.pattern.chunk]]
-        return jnp.concatenate(pieces, 1)[:, : len(frame)]
-
     cache, out = net.dit.cache(len(x0), frames), [x0[:, :given]]
     if given:
         frame = np.arange(given, dtype=np.int32)
         cache = cache.write(frame, *at(stop(params), out[0], 0, frame, CLEAN)[1])
     for n, (i, j) in enumerate(itertools.pairwise(edges)):
         frame = np.arange(i, j, dtype=np.int32)
-        x = fresh(frame, 0)
+        x = noise(frame, 0)
         for step in range(last[n]):
             sigma, below = sigmas[n][step : step + 2]
             v, _ = at(stop(params), x, sigma, frame, 1)
-            x = (1 - below) * stop(x - sigma * v) + below * fresh(frame, step + 1)
+            x = (1 - below) * stop(x - sigma * v) + below * noise(frame, step + 1)
         sigma = sigmas[n][last[n]]
         v, noisy_key_value = at(params, x, sigma, frame, 1)
         out.append(x - sigma * v)
@@ -244,7 +241,7 @@ def test_replayed_gradient_equals_the_unrolled_one(pattern, before, last):
     condition = {"actions": actions}
     rollout = Rollout(net, wide(consistency(3, 3.0, first_steps=4)))
     table = tiny.noise_table(net, frames, 4)
-    noise = lambda frame, step: wide(table(frame, step))
+    noise = lambda frames, step: wide(table(frames, step))
     cache, clip, inputs, sigma = jax.jit(
         lambda p: dmd.self_rollout(rollout, p, x0, condition, before, noise, last)
     )(params)
@@ -330,9 +327,7 @@ def test_no_leak(pattern, before, changed_chunk):
         condition = {"actions": actions}
         field = lambda p, x, *guidance: net.teacher_forced(p, x, condition, *guidance)
         student, ema, teacher = field(params, clean), field(other, clean), field(other, clean, 2.0)
-        at = lambda frame, step: jax.lax.dynamic_slice_in_dim(
-            noise[step % 2], frame, pattern.chunk, 1
-        )
+        at = lambda frames, step: noise[step % 2][:, frames]
         cache, clip, inputs, level = dmd.self_rollout(
             rollout, params, clean, condition, before, at, np.array([0, 1, 1])
         )
