@@ -24,7 +24,6 @@ import jax
 from absl import logging
 from jax._src import clusters  # nothing public tells what JAX finds, without starting it
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
 
 from cfpp.errors import UserError, one_line
 
@@ -329,9 +328,3 @@ def one_after_another(action: Callable[[], object]) -> None:
         if index == jax.process_index():
             action()
         meet(f"turn {index}")
-
-
-def rows(sharding: Sharding, size: int) -> list[int]:
-    """The rows of an array with `size` rows that this process's devices hold, in order."""
-    parts = sharding.addressable_devices_indices_map((size,)).values()
-    return sorted({row for (part,) in parts for row in range(*part.indices(size))})

@@ -25,7 +25,7 @@ import flax.linen as nn
 import jax
 import ml_collections
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from cfpp.errors import UserError
 
@@ -207,3 +207,9 @@ def _spec(names, table, shape, sizes) -> PartitionSpec:
         return tuple(fitting) or None
 
     return PartitionSpec(*(fit(name, size) for name, size in zip(names, shape, strict=False)))
+
+
+def rows(sharding: Sharding, size: int) -> list[int]:
+    """The rows of an array with `size` rows that this process's devices hold, in order."""
+    parts = sharding.addressable_devices_indices_map((size,)).values()
+    return sorted({row for (part,) in parts for row in range(*part.indices(size))})

@@ -79,7 +79,7 @@ def check(
     validate(config)
     sources.check(config.data)
     stage = build_stage(config)
-    program.divide(stage, config, mesh.create(config.mesh))
+    program.batch_sharding(stage, config, mesh.create(config.mesh))  # that all divides
     check_parents(config, stage, find)
 
 

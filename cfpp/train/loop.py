@@ -58,7 +58,7 @@ def train(
             config.data,
             config.batch_size,
             config.seed,
-            hosts.rows(programs.batch, config.batch_size),
+            mesh.rows(programs.batch, config.batch_size),
         )
         stack.enter_context(contextlib.closing(data))  # ends its workers
 

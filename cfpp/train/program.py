@@ -58,7 +58,7 @@ def parent_shapes(stage: stages.Stage, config: ml_collections.ConfigDict) -> dic
     return {role: shapes(role) for role, path in config.init_from.items() if path}
 
 
-def divide(
+def batch_sharding(
     stage: stages.Stage, config: ml_collections.ConfigDict, device_mesh: Mesh
 ) -> NamedSharding:
     """The sharding of a stage's batches over a mesh, over which its networks divide too.
@@ -89,7 +89,7 @@ def create(
     Raises:
       UserError: a parent does not fit, or the batch or the model do not divide over the mesh.
     """
-    batch_sharding = divide(stage, config, device_mesh)
+    batches = batch_sharding(stage, config, device_mesh)
     key = jax.random.key(config.seed)
 
     def init(parents):
@@ -106,7 +106,7 @@ def create(
     )
     return Program(
         state,
-        batch_sharding,
+        batches,
         {role: _as_in_state(parent, state) for role, parent in parents.items()},
         jax.jit(lambda parents: nn.meta.unbox(init(parents)), out_shardings=shardings),
         jax.jit(
