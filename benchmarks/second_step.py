@@ -27,9 +27,10 @@ SHOWN = ("intact_1", "intact_4", "intact_9", "intact_12", "directions", "agent_e
 
 def figures_of(workdir: str) -> list[dict]:
     """The table of one student: a row a noise level, each figure with its standard error."""
-    config, params = checkpoint.load_model(workdir)
-    yardstick = measure.prepare(config.data, SETTINGS)
-    rollout = generate.for_stage(config, 2)
+    stored = checkpoint.open_model(workdir)
+    params = stored.load()
+    yardstick = measure.prepare(stored.config.data, SETTINGS)
+    rollout = generate.for_stage(stored.network, stored.config, 2)
     starts = yardstick.starts.repeat(SETTINGS.samples)
 
     def row(sigma):

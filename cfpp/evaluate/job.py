@@ -1,8 +1,10 @@
 """The evaluation as a job: every finished model of a work directory, then the report."""
 
 import dataclasses
+import itertools
 import json
 import time
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -48,10 +50,8 @@ def evaluate(workdir: epath.PathLike, settings: Settings) -> None:
     _say("ready to measure", begin)
 
     results = [real_row(yardstick)]
-    for row in models.find_rows(stages):
-        row_begin = time.monotonic()
-        results.append(generated_row(yardstick, row))
-        _say(row.name, row_begin)
+    for _, rows in itertools.groupby(models.find_rows(stages), key=lambda row: row.workdir):
+        results += generated_rows(yardstick, list(rows))
 
     scores = [config.real_score for config in stages.values() if config.stage == "dmd"]
     perfect = None
@@ -99,10 +99,22 @@ def real_row(yardstick: Yardstick) -> table.Result:
     )
 
 
-def generated_row(yardstick: Yardstick, row: models.Row) -> table.Result:
-    """Generates with a model, and measures what it makes."""
+def generated_rows(yardstick: Yardstick, rows: Sequence[models.Row]) -> list[table.Result]:
+    """Generates with the models of rows of one stage, and measures what they make.
+
+    With its return the stage's parameters are let go: none are held while the next are read.
+    """
+    results, begin = [], time.monotonic()
+    for row, model in zip(rows, models.load(rows), strict=True):
+        results.append(generated_row(yardstick, row, model))
+        _say(row.name, begin)
+        begin = time.monotonic()
+    return results
+
+
+def generated_row(yardstick: Yardstick, row: models.Row, model: models.Model) -> table.Result:
+    """Generates with a row's model, and measures what it makes."""
     settings = yardstick.settings
-    model = models.load(row)
     key = jax.random.key(settings.seed)
     clips = model.generate(yardstick.given, yardstick.actions, jax.random.fold_in(key, CLIPS_RNG))
     steps = None
