@@ -42,11 +42,12 @@ def figures_of(workdir: str) -> list[dict]:
             return np.asarray(clip(params, given, {"actions": actions}, jax.random.key(seed)))
 
         video = sampled(yardstick.given, yardstick.actions, 0)
-        steps = None
+        video = np.concatenate([yardstick.given, video], axis=1)
+        samples = None
         if len(starts):
             frames = sampled(yardstick.given[starts], yardstick.actions[starts, :2], 1)[:, 0]
-            steps = frames.reshape(-1, SETTINGS.samples, *frames.shape[1:])
-        found = measure.figures(yardstick, video, steps)
+            samples = frames.reshape(-1, SETTINGS.samples, *frames.shape[1:])
+        found, _ = measure.figures(yardstick, video, samples)
         pairs = {k: (float(found[k].mean), float(found[k].error)) for k in SHOWN if k in found}
         return {"sigma": sigma} | pairs
 

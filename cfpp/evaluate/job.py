@@ -91,12 +91,9 @@ def stored_settings(workdir: epath.PathLike) -> dict:
 
 def real_row(yardstick: Yardstick) -> table.Result:
     """The held-out clips themselves; in place of sampled directions, the world's own."""
-    clips = yardstick.video[:, yardstick.settings.context :]
-    steps = measure.true_steps(yardstick) if len(yardstick.starts) else None
-    figures = measure.figures(yardstick, clips, steps)
-    return table.Result(
-        "real", "Real data", None, figures, yardstick.video, _by_frame(yardstick, clips)
-    )
+    sampled = measure.true_starts(yardstick) if len(yardstick.starts) else None
+    figures, by_frame = measure.figures(yardstick, yardstick.video, sampled)
+    return table.Result("real", "Real data", None, figures, yardstick.video, by_frame)
 
 
 def generated_rows(yardstick: Yardstick, rows: Sequence[models.Row]) -> list[table.Result]:
@@ -117,20 +114,18 @@ def generated_row(yardstick: Yardstick, row: models.Row, model: models.Model) ->
     settings = yardstick.settings
     key = jax.random.key(settings.seed)
     clips = model.generate(yardstick.given, yardstick.actions, jax.random.fold_in(key, CLIPS_RNG))
-    steps = None
+    video = np.concatenate([yardstick.given, clips], axis=1)
+    sampled = None
     if len(yardstick.starts) and row.stage != "bidirectional":
-        steps = first_steps(yardstick, model, jax.random.fold_in(key, STARTS_RNG))
-    figures = measure.figures(yardstick, clips, steps)
+        sampled = sampled_starts(yardstick, model, jax.random.fold_in(key, STARTS_RNG))
+    figures, by_frame = measure.figures(yardstick, video, sampled)
     figures["speed"] = models.speed(
         model, yardstick.given[0], yardstick.actions[0, : settings.context]
     )
-    video = np.concatenate([yardstick.given, clips], axis=1)
-    return table.Result(
-        row.key, row.name, model.passes, figures, video, _by_frame(yardstick, clips)
-    )
+    return table.Result(row.key, row.name, model.passes, figures, video, by_frame)
 
 
-def first_steps(yardstick: Yardstick, model: models.Model, rng: jax.Array) -> np.ndarray:
+def sampled_starts(yardstick: Yardstick, model: models.Model, rng: jax.Array) -> np.ndarray:
     """Samples the frame after each start, uint8 `[S, N, H, W, 3]`.
 
     They are generated in batches of as many as there are episodes: the program is compiled for
@@ -150,10 +145,6 @@ def first_steps(yardstick: Yardstick, model: models.Model, rng: jax.Array) -> np
     ]
     frames = np.concatenate(frames)[: len(wanted), 0]
     return frames.reshape(len(yardstick.starts), settings.samples, *frames.shape[1:])
-
-
-def _by_frame(yardstick: Yardstick, clips: np.ndarray):
-    return None if yardstick.states is None else measure.by_frame(yardstick, clips)
 
 
 def _say(what: str, begin: float) -> None:

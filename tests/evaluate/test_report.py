@@ -102,6 +102,13 @@ def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
     students = [f"{stage}_{steps}" for stage in ("cd", "dmd") for steps in (1, 2, 4, "2_first_4")]
     assert keys == ["real", "ar_48", "ar_1", "ar_2", *students, "base_48"]
     assert loaded == [keys[1:4], keys[4:8], keys[8:12], keys[12:]]  # each stage once
+    for row in results["rows"]:
+        figures, by_frame = row["figures"], row["by_frame"]
+        assert [len(column) for column in by_frame.values()] == [SETTINGS["frames"]] * 2
+        assert by_frame["agent_error"][-1] == figures["agent_error"]
+        assert [by_frame["intact"][i - 1] for i in (1, 4)] == [
+            figures[f"intact_{i}"] for i in (1, 4)
+        ]
     real, fake = results["rows"][0]["figures"], results["rows"][1]["figures"]
     assert real["agent_error"]["mean"] < 0.1 and real["intact_4"]["mean"] == 1
     assert real["allowed"]["mean"] == 1
