@@ -79,7 +79,7 @@ def run(config: Config, workdir: str, profile: bool = False) -> None:
 
         if hosts.is_first():
             if todo or not evaluate.is_reported(config, workdir):
-                evaluate.run(config, workdir)
+                evaluate.run(workdir, evaluate.Settings(**config.evaluate))
             else:
                 print(f"the report is in {os.path.join(workdir, 'report')}")
         hosts.meet("evaluated")

@@ -18,16 +18,6 @@ from cfpp.train import workdir as workdirs
 STARTS_RNG, CLIPS_RNG = 0, 1  # folded into the evaluation's key
 
 
-def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
-    """Evaluates a work directory with the settings of `config.evaluate`, into `workdir/report`.
-
-    Raises:
-      UserError: nothing has finished there, a setting is out of range, the data are missing or too
-        few, or the report cannot be written.
-    """
-    evaluate(workdir, Settings(**config.evaluate))
-
-
 def is_reported(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool:
     """Whether `workdir/report` is whole: of all jobs, by the settings of `config.evaluate`."""
     folder = epath.Path(workdir) / "report"
@@ -41,8 +31,13 @@ def is_reported(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> b
     return is_whole and made_of == wanted
 
 
-def evaluate(workdir: epath.PathLike, settings: Settings) -> None:
-    """Evaluates the finished models of a work directory; see `run`."""
+def run(workdir: epath.PathLike, settings: Settings) -> None:
+    """Evaluates the finished models of a work directory, into `workdir/report`.
+
+    Raises:
+      UserError: nothing has finished there, a model cannot be read or can continue nothing, the
+        data are missing or too few, or the report cannot be written.
+    """
     begin = time.monotonic()
     stages = models.find_stages(workdir)
     data_config = next(iter(stages.values())).data

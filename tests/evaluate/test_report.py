@@ -83,7 +83,7 @@ def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
     loaded = freeze(monkeypatch)
     config = workdirs.read_config(workdir)
     assert not job.is_reported(config, workdir)
-    job.run(config, workdir)
+    job.run(workdir, measure.Settings(**config.evaluate))
     folder = workdir / "report"
     assert job.is_reported(config, workdir)
     results = json.loads((folder / "results.json").read_text())
@@ -223,14 +223,14 @@ def test_settings_out_of_range(workdir):
     with pytest.raises(UserError, match="must be less than 2"):
         measure.Settings(seed=2**32)
     with pytest.raises(UserError, match="test split of arena has"):
-        job.evaluate(workdir / "stage1", measure.Settings(episodes=100))
+        job.run(workdir / "stage1", measure.Settings(episodes=100))
 
 
 def test_report_that_cannot_be_written(workdir, monkeypatch):
     freeze(monkeypatch)
     (workdir / "stage1" / "report").write_text("in the way")
     with pytest.raises(UserError, match="the report cannot be written"):
-        job.evaluate(workdir / "stage1", measure.Settings(**SETTINGS))
+        job.run(workdir / "stage1", measure.Settings(**SETTINGS))
 
 
 # ---------------------------------------------------------------------------------------- models
