@@ -24,7 +24,6 @@ from cfpp import flow
 from cfpp.data import arena, pipeline
 from cfpp.evaluate import metrics
 from cfpp.models import codec
-from cfpp.models.network import Network
 from cfpp.train import checkpoint
 
 SIGMAS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.4)
@@ -52,9 +51,9 @@ def posterior_mean(x: jax.Array, means: jax.Array, sigma: float) -> jax.Array:
 
 def measure(workdir: str) -> list[dict]:
     """The table of one teacher: a row a noise level."""
-    config, params = checkpoint.load_model(workdir)
-    network = Network.create(config.model, config.pattern).without_unrolling()
-    clips = pipeline.test_clips(config.data, CLIPS, 2)
+    stored = checkpoint.open_model(workdir)
+    network, params = stored.network.without_unrolling(), stored.load()
+    clips = pipeline.test_clips(stored.config.data, CLIPS, 2)
     away = metrics.away_from_walls(clips["states"]["balls"][:, 0])
     clips = jax.tree.map(lambda x: x[away], clips)
     actions = jnp.asarray(clips["actions"])

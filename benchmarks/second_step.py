@@ -28,9 +28,10 @@ SHOWN = ("intact_1", "intact_4", "intact_9", "intact_12", "directions", "agent_e
 
 def figures_of(workdir: str) -> list[dict]:
     """The table of one student: a row a noise level, each figure with its standard error."""
-    config, params = checkpoint.load_model(workdir)
-    yardstick = measure.prepare(config.data, SETTINGS)
-    rollout = generate.for_stage(config, 2)
+    stored = checkpoint.open_model(workdir)
+    params = stored.load()
+    yardstick = measure.prepare(stored.config.data, SETTINGS)
+    rollout = generate.for_stage(stored.network, stored.config, 2)
     starts = yardstick.starts.repeat(SETTINGS.samples)
 
     def row(sigma):
@@ -42,11 +43,12 @@ def figures_of(workdir: str) -> list[dict]:
             return np.asarray(clip(params, given, {"actions": actions}, jax.random.key(seed)))
 
         video = sampled(yardstick.given, yardstick.actions, 0)
-        steps = None
+        video = np.concatenate([yardstick.given, video], axis=1)
+        samples = None
         if len(starts):
             frames = sampled(yardstick.given[starts], yardstick.actions[starts, :2], 1)[:, 0]
-            steps = frames.reshape(-1, SETTINGS.samples, *frames.shape[1:])
-        found = measure.figures(yardstick, video, steps)
+            samples = frames.reshape(-1, SETTINGS.samples, *frames.shape[1:])
+        found, _ = measure.figures(yardstick, video, samples)
         pairs = {k: (float(found[k].mean), float(found[k].error)) for k in SHOWN if k in found}
         return {"sigma": sigma} | pairs
 

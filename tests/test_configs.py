@@ -125,7 +125,7 @@ def test_every_field_is_read(stage, arg, monkeypatch):
     state, batch = first_state(config, stage), pipeline.batch_shapes(config)
     jax.eval_shape(stage.step, state, batch, jax.random.key(0))
     if config.stage != "bidirectional":
-        generate.for_stage(config)
+        generate.for_stage(Network.create(config.model, config.pattern), config)
     assert {field for _, field in known - read} <= by_the_loop
 
 

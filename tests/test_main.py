@@ -11,7 +11,7 @@ from unittest import mock
 import ml_collections
 import pytest
 
-from cfpp import evaluate, export
+from cfpp import export
 from cfpp.errors import UserError
 from cfpp.evaluate import __main__ as evaluation_command
 from cfpp.models.network import FIELDS
@@ -124,12 +124,12 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
 def job():
     """Two stages, the second from the first, and an evaluation that only notes that it ran."""
 
-    def report(config, workdir):
+    def report(workdir, settings):
         folder = pathlib.Path(workdir) / "report"
         folder.mkdir(exist_ok=True)
-        settings = dataclasses.asdict(evaluate.Settings(**config.evaluate))
         jobs = [{"name": name} for name in config.jobs]
-        (folder / "results.json").write_text(json.dumps({"settings": settings, "jobs": jobs}))
+        results = {"settings": dataclasses.asdict(settings), "jobs": jobs}
+        (folder / "results.json").write_text(json.dumps(results))
         (folder / "index.html").write_text("")
 
     config = ml_collections.ConfigDict(

@@ -10,7 +10,9 @@ import pytest
 from cfpp import flow
 from cfpp.attention.pattern import Pattern
 from cfpp.errors import UserError
-from cfpp.rollout.generate import Rollout, for_stage
+from cfpp.models.network import Network
+from cfpp.rollout import generate
+from cfpp.rollout.generate import Rollout
 from cfpp.rollout.sampler import euler
 from configs import stage2, stage3
 from tests import tiny
@@ -100,6 +102,11 @@ def test_frames_of_another_size():
         frames = jnp.zeros((1, 1, height, width, 2))
         with pytest.raises(ValueError, match=rf"\(8, 12, 2\), got \({height}, {width}, 2\)"):
             rollout.start(tiny.params(net), frames, {"actions": tiny.actions(1, 1)}, 2)
+
+
+def for_stage(config, *arguments, **named):
+    network = Network.create(config.model, config.pattern)
+    return generate.for_stage(network, config, *arguments, **named)
 
 
 def test_students_take_the_positions_they_were_trained_for():

@@ -1,5 +1,6 @@
 """`python -m cfpp.rollout` on a tiny working directory: what it writes, what it refuses."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -11,6 +12,7 @@ from unittest import mock
 
 import imageio.v3 as imageio
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
@@ -152,7 +154,7 @@ def test_export_is_enough(workdir, tmp_path):
 
 
 def test_starts_from_a_held_out_frame_or_from_noise(workdir, capsys):
-    config, _ = checkpoint.load_model(workdir)
+    config = checkpoint.open_model(workdir).config
     held_out = pipeline.test_clips(config.data, 1, 1)
     options = command.parse([f"--workdir={workdir}"])
     video, actions = command.first_frames(options, config)
@@ -239,8 +241,8 @@ def test_frames_do_not_wait_for_their_context_pass():
 @pytest.mark.parametrize("given", [0, 1])
 def test_chunks_share_one_program(workdir, given):
     """From a picture or from noise, the second chunk is not compiled anew."""
-    config, params = checkpoint.load_model(workdir)
-    rollout = generate.for_stage(config, steps=2)
+    stored = checkpoint.open_model(workdir)
+    params, rollout = stored.load(), generate.for_stage(stored.network, stored.config, steps=2)
     context = np.zeros((3, given, 32, 32, 3), np.uint8)  # 3: a batch that no other test has
     condition = {"actions": np.zeros((3, given), np.int32)}
     before = stream_module._generate._cache_size()
@@ -308,17 +310,38 @@ def test_damaged_data_are_told(workdir, tmp_path):
         ("model", "dim", 48, r"is of another model: parameter .* is float32\[.*24.*\] there"),
         ("pattern", "window", None, "the model's pattern has no window"),
         ("data", "name", None, "it has no field data.name"),
+        (None, "guidance", None, "it has no field guidance"),
     ],
 )
 def test_a_configuration_that_is_not_the_models(workdir, tmp_path, group, field, value, message):
     checkpoint.export(workdir, tmp_path / "export")
     fields = json.loads((tmp_path / "export/config.json").read_text())
-    fields[group].pop(field, None)
+    in_group = fields[group] if group else fields
+    in_group.pop(field, None)
     if value is not None:
-        fields[group][field] = value
+        in_group[field] = value
     (tmp_path / "export/config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match=message):
         command.run(command.parse([f"--checkpoint={tmp_path / 'export'}", "--frames=1"]))
+
+
+def test_a_stored_model_may_leave_its_number_of_actions_to_the_networks_default(tmp_path):
+    net = tiny.network(Pattern(window=3), channels=3, num_actions=0)
+    model = {field.name: getattr(net.dit, field.name) for field in dataclasses.fields(net.dit)}
+    for field in ("parent", "name", "num_actions"):
+        del model[field]
+    fields = {
+        "stage": "consistency", "model": model, "pattern": {"window": 3}, "shift": 3.0,
+        "init_from": {}, "data": {"name": "", "directory": ""},
+    }  # fmt: skip
+    stored = ml_collections.ConfigDict(fields), tiny.params(net)
+    with mock.patch.object(checkpoint, "load_model", lambda path: stored):
+        checkpoint.export("x", tmp_path / "export")
+    arguments = [f"--checkpoint={tmp_path / 'export'}", f"--out={tmp_path / 'x.mp4'}", "--scale=1"]
+    command.run(command.parse([*arguments, "--frames=2"]))
+    assert len(imageio.imread(tmp_path / "x.mp4")) == 2
+    with pytest.raises(UserError, match="--actions: the model takes none"):
+        command.run(command.parse([*arguments, "--actions=1"]))
 
 
 def test_no_model(tmp_path):

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = vars(parser.parse_args(arguments))
     workdir = epath.Path(flags.pop("workdir"))
     given = {name: value for name, value in flags.items() if value is not None}
-    job.evaluate(workdir, Settings(**(job.stored_settings(workdir) | given)))
+    job.run(workdir, Settings(**(job.stored_settings(workdir) | given)))
 
 
 if __name__ == "__main__":

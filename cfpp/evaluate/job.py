@@ -1,8 +1,10 @@
 """The evaluation as a job: every finished model of a work directory, then the report."""
 
 import dataclasses
+import itertools
 import json
 import time
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -14,16 +16,6 @@ from cfpp.evaluate.measure import Settings, Yardstick
 from cfpp.train import workdir as workdirs
 
 STARTS_RNG, CLIPS_RNG = 0, 1  # folded into the evaluation's key
-
-
-def run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
-    """Evaluates a work directory with the settings of `config.evaluate`, into `workdir/report`.
-
-    Raises:
-      UserError: nothing has finished there, a setting is out of range, the data are missing or too
-        few, or the report cannot be written.
-    """
-    evaluate(workdir, Settings(**config.evaluate))
 
 
 def is_reported(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool:
@@ -39,8 +31,13 @@ def is_reported(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> b
     return is_whole and made_of == wanted
 
 
-def evaluate(workdir: epath.PathLike, settings: Settings) -> None:
-    """Evaluates the finished models of a work directory; see `run`."""
+def run(workdir: epath.PathLike, settings: Settings) -> None:
+    """Evaluates the finished models of a work directory, into `workdir/report`.
+
+    Raises:
+      UserError: nothing has finished there, a model cannot be read or can continue nothing, the
+        data are missing or too few, or the report cannot be written.
+    """
     begin = time.monotonic()
     stages = models.find_stages(workdir)
     data_config = next(iter(stages.values())).data
@@ -48,10 +45,8 @@ def evaluate(workdir: epath.PathLike, settings: Settings) -> None:
     _say("ready to measure", begin)
 
     results = [real_row(yardstick)]
-    for row in models.find_rows(stages):
-        row_begin = time.monotonic()
-        results.append(generated_row(yardstick, row))
-        _say(row.name, row_begin)
+    for _, rows in itertools.groupby(models.find_rows(stages), key=lambda row: row.workdir):
+        results += generated_rows(yardstick, list(rows))
 
     scores = [config.real_score for config in stages.values() if config.stage == "dmd"]
     perfect = None
@@ -91,34 +86,41 @@ def stored_settings(workdir: epath.PathLike) -> dict:
 
 def real_row(yardstick: Yardstick) -> table.Result:
     """The held-out clips themselves; in place of sampled directions, the world's own."""
-    clips = yardstick.video[:, yardstick.settings.context :]
-    steps = measure.true_steps(yardstick) if len(yardstick.starts) else None
-    figures = measure.figures(yardstick, clips, steps)
-    return table.Result(
-        "real", "Real data", None, figures, yardstick.video, _by_frame(yardstick, clips)
-    )
+    sampled = measure.true_starts(yardstick) if len(yardstick.starts) else None
+    figures, by_frame = measure.figures(yardstick, yardstick.video, sampled)
+    return table.Result("real", "Real data", None, figures, yardstick.video, by_frame)
 
 
-def generated_row(yardstick: Yardstick, row: models.Row) -> table.Result:
-    """Generates with a model, and measures what it makes."""
+def generated_rows(yardstick: Yardstick, rows: Sequence[models.Row]) -> list[table.Result]:
+    """Generates with the models of rows of one stage, and measures what they make.
+
+    With its return the stage's parameters are let go: none are held while the next are read.
+    """
+    results, begin = [], time.monotonic()
+    for row, model in zip(rows, models.load(rows), strict=True):
+        results.append(generated_row(yardstick, row, model))
+        _say(row.name, begin)
+        begin = time.monotonic()
+    return results
+
+
+def generated_row(yardstick: Yardstick, row: models.Row, model: models.Model) -> table.Result:
+    """Generates with a row's model, and measures what it makes."""
     settings = yardstick.settings
-    model = models.load(row)
     key = jax.random.key(settings.seed)
     clips = model.generate(yardstick.given, yardstick.actions, jax.random.fold_in(key, CLIPS_RNG))
-    steps = None
+    video = np.concatenate([yardstick.given, clips], axis=1)
+    sampled = None
     if len(yardstick.starts) and row.stage != "bidirectional":
-        steps = first_steps(yardstick, model, jax.random.fold_in(key, STARTS_RNG))
-    figures = measure.figures(yardstick, clips, steps)
+        sampled = sampled_starts(yardstick, model, jax.random.fold_in(key, STARTS_RNG))
+    figures, by_frame = measure.figures(yardstick, video, sampled)
     figures["speed"] = models.speed(
         model, yardstick.given[0], yardstick.actions[0, : settings.context]
     )
-    video = np.concatenate([yardstick.given, clips], axis=1)
-    return table.Result(
-        row.key, row.name, model.passes, figures, video, _by_frame(yardstick, clips)
-    )
+    return table.Result(row.key, row.name, model.passes, figures, video, by_frame)
 
 
-def first_steps(yardstick: Yardstick, model: models.Model, rng: jax.Array) -> np.ndarray:
+def sampled_starts(yardstick: Yardstick, model: models.Model, rng: jax.Array) -> np.ndarray:
     """Samples the frame after each start, uint8 `[S, N, H, W, 3]`.
 
     They are generated in batches of as many as there are episodes: the program is compiled for
@@ -138,10 +140,6 @@ def first_steps(yardstick: Yardstick, model: models.Model, rng: jax.Array) -> np
     ]
     frames = np.concatenate(frames)[: len(wanted), 0]
     return frames.reshape(len(yardstick.starts), settings.samples, *frames.shape[1:])
-
-
-def _by_frame(yardstick: Yardstick, clips: np.ndarray):
-    return None if yardstick.states is None else measure.by_frame(yardstick, clips)
 
 
 def _say(what: str, begin: float) -> None:

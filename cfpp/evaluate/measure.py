@@ -12,6 +12,7 @@ from cfpp.evaluate import features, metrics, probe
 INTACT_FRAMES = (1, 4, 9, 12)  # generated frames at which the balls are looked at
 
 Figures = dict[str, metrics.Figure]
+ByFrame = dict[str, list[metrics.Figure]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,22 +148,25 @@ def intact_frames(settings: Settings) -> tuple[int, ...]:
     return tuple(frame for frame in INTACT_FRAMES if frame <= settings.frames)
 
 
-def figures(yardstick: Yardstick, video: np.ndarray, steps: np.ndarray | None) -> Figures:
+def figures(
+    yardstick: Yardstick, video: np.ndarray, sampled: np.ndarray | None
+) -> tuple[Figures, ByFrame | None]:
     """Measures clips.
 
     Args:
       yardstick: from `prepare`.
-      video: uint8 `[E, frames, H, W, 3]`, generated from the given frames.
-      steps: uint8 `[S, N, H, W, 3]`, samples of the first frame from each start; None elsewhere
-        than in the arena.
+      video: uint8 `[E, context + frames, H, W, 3]`, the given frames and what was generated.
+      sampled: uint8 `[S, N, H, W, 3]`, samples of the frame after each start; None elsewhere than
+        in the arena.
 
     Returns:
       `frechet` and, where there are actions, `action_accuracy`; in the arena also `agent_error`
-      (pixels, at the last frame), `intact_<frame>` and `allowed` (shares) and, with `steps`,
+      (pixels, at the last frame), `intact_<frame>` and `allowed` (shares) and, with `sampled`,
       `directions` (total variation).
+      And, in the arena, `agent_error` (pixels) and `intact` (share) at every generated frame; None
+      elsewhere.
     """
     settings = yardstick.settings
-    video = np.concatenate([yardstick.given, video], axis=1)
     context = settings.context
     values = features.windows(video[:, context - 1 :], yardstick.scale)
     result = {"frechet": metrics.frechet(values, yardstick.reference)}
@@ -171,36 +175,28 @@ def figures(yardstick: Yardstick, video: np.ndarray, steps: np.ndarray | None) -
         right = told == yardstick.actions[:, context:]
         result["action_accuracy"] = metrics.average(right.mean(1))
     if yardstick.states is None:
-        return result
+        return result, None
 
     reading = arena.read(video)
-    error = metrics.agent_error(reading, yardstick.states["agent"])
-    result["agent_error"] = metrics.average(error[:, -1])
+    error, intact = metrics.agent_error(reading, yardstick.states["agent"]), reading.intact.mean(-1)
+    by_frame = {
+        "agent_error": [metrics.average(column) for column in error[:, context:].T],
+        "intact": [metrics.average(column) for column in intact[:, context:].T],
+    }
+    result["agent_error"] = by_frame["agent_error"][-1]
     for frame in intact_frames(settings):
-        intact = reading.intact[:, context - 1 + frame]
-        result[f"intact_{frame}"] = metrics.average(intact.mean(-1))
+        result[f"intact_{frame}"] = by_frame["intact"][frame - 1]
     allowed = metrics.allowed_transitions(reading, yardstick.actions)[:, context - 1 :]
     result["allowed"] = metrics.average(allowed.mean(1))
-    if steps is not None:
+    if sampled is not None:
         balls = yardstick.states["balls"][yardstick.starts, 0]
-        counts = metrics.direction_counts(arena.read(steps), balls)
+        counts = metrics.direction_counts(arena.read(sampled), balls)
         distance = metrics.total_variation(counts, metrics.DIRECTION_LAW)
         result["directions"] = metrics.average(distance.mean(-1))
-    return result
+    return result, by_frame
 
 
-def by_frame(yardstick: Yardstick, video: np.ndarray) -> dict[str, list[metrics.Figure]]:
-    """Agent error (pixels) and balls intact (share) at every generated frame of arena clips."""
-    reading = arena.read(video)
-    truth = yardstick.states["agent"][:, yardstick.settings.context :]
-    error, intact = metrics.agent_error(reading, truth), reading.intact.mean(-1)
-    return {
-        "agent_error": [metrics.average(column) for column in error.T],
-        "intact": [metrics.average(column) for column in intact.T],
-    }
-
-
-def true_steps(yardstick: Yardstick) -> np.ndarray:
+def true_starts(yardstick: Yardstick) -> np.ndarray:
     """The arena's own samples of the frame after each start, uint8 `[S, N, 32, 32, 3]`."""
     rng = np.random.default_rng(yardstick.settings.seed)
     shape = (len(yardstick.starts), yardstick.settings.samples, arena.NUM_BALLS)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,49 +31,48 @@ class Row:
     Attributes:
       key: short and fit for file names, such as 'cd_2'.
       model: what the model is, such as 'Student after CD'.
-      method: 'euler' or 'consistency'.
       steps: of the sampler.
-      first_steps: of the sampler for the first chunk.
+      first_steps: of the consistency sampler for the first chunk; None is Euler's method.
       workdir: the stage's work directory.
       stage: the `config.stage` of that work directory.
-      student: the work directory of the job's student, if there is one: by its schedule, or else
+      student: the configuration of the job's student, if there is one: by its schedule, or else
         at its own shift, an undistilled teacher is sampled.
     """
 
     key: str
     model: str
-    method: str
     steps: int
-    first_steps: int
+    first_steps: int | None
     workdir: epath.Path
     stage: str
-    student: epath.Path | None = None
+    student: ml_collections.ConfigDict | None = None
 
     @property
     def name(self) -> str:
         """Model and steps, for people."""
-        first = f", first frame {self.first_steps}" if self.first_steps != self.steps else ""
+        is_longer = self.first_steps not in (None, self.steps)
+        first = f", first frame {self.first_steps}" if is_longer else ""
         return f"{self.model}, {self.steps} step{'s' * (self.steps > 1)}{first}"
 
 
-# Every row of the table, in its order: key, model, stage, method, steps, and those of the first
-# chunk.
+# Every row of the table, in its order: key, model, stage, steps, and those of the first chunk, None
+# for Euler's method.
 _ROWS = (
-    ("ar_48", "AR teacher", "ar_diffusion", "euler", 48, 48),
-    ("ar_1", "AR teacher, undistilled", "ar_diffusion", "consistency", 1, 1),
-    ("ar_2", "AR teacher, undistilled", "ar_diffusion", "consistency", 2, 2),
-    ("ode_1", "Student after causal ODE", "ode", "consistency", 1, 1),
-    ("ode_2", "Student after causal ODE", "ode", "consistency", 2, 2),
-    ("ode_4", "Student after causal ODE", "ode", "consistency", 4, 4),
-    ("cd_1", "Student after CD", "consistency", "consistency", 1, 1),
-    ("cd_2", "Student after CD", "consistency", "consistency", 2, 2),
-    ("cd_4", "Student after CD", "consistency", "consistency", 4, 4),
-    ("cd_2_first_4", "Student after CD", "consistency", "consistency", 2, 4),
-    ("dmd_1", "Student after DMD", "dmd", "consistency", 1, 1),
-    ("dmd_2", "Student after DMD", "dmd", "consistency", 2, 2),
-    ("dmd_4", "Student after DMD", "dmd", "consistency", 4, 4),
-    ("dmd_2_first_4", "Student after DMD", "dmd", "consistency", 2, 4),
-    ("base_48", "Bidirectional base", "bidirectional", "euler", 48, 48),
+    ("ar_48", "AR teacher", "ar_diffusion", 48, None),
+    ("ar_1", "AR teacher, undistilled", "ar_diffusion", 1, 1),
+    ("ar_2", "AR teacher, undistilled", "ar_diffusion", 2, 2),
+    ("ode_1", "Student after causal ODE", "ode", 1, 1),
+    ("ode_2", "Student after causal ODE", "ode", 2, 2),
+    ("ode_4", "Student after causal ODE", "ode", 4, 4),
+    ("cd_1", "Student after CD", "consistency", 1, 1),
+    ("cd_2", "Student after CD", "consistency", 2, 2),
+    ("cd_4", "Student after CD", "consistency", 4, 4),
+    ("cd_2_first_4", "Student after CD", "consistency", 2, 4),
+    ("dmd_1", "Student after DMD", "dmd", 1, 1),
+    ("dmd_2", "Student after DMD", "dmd", 2, 2),
+    ("dmd_4", "Student after DMD", "dmd", 4, 4),
+    ("dmd_2_first_4", "Student after DMD", "dmd", 2, 4),
+    ("base_48", "Bidirectional base", "bidirectional", 48, None),
 )
 
 
@@ -102,7 +101,7 @@ def find_stages(
         if (folder / "config.json").exists()
     }
     for folder, config in begun.items():
-        needed = ("steps", "batch_size", *checkpoint.NEEDED)
+        needed = ("steps", "batch_size", *checkpoint.needed(config))
         workdirs.require(config, folder / "config.json", needed)
     finished = {
         folder: config
@@ -122,10 +121,10 @@ def find_rows(stages: dict[epath.Path, ml_collections.ConfigDict]) -> list[Row]:
     Of several of one kind, the last: a teacher may have been trained in more than one job.
     """
     last = {config.stage: folder for folder, config in stages.items()}
-    student = next((last[stage] for stage in _STUDENTS if stage in last), None)
+    student = next((stages[last[stage]] for stage in _STUDENTS if stage in last), None)
     return [
-        Row(key, model, method, steps, first_steps, last[stage], stage, student)
-        for key, model, stage, method, steps, first_steps in _ROWS
+        Row(key, model, steps, first_steps, last[stage], stage, student)
+        for key, model, stage, steps, first_steps in _ROWS
         if stage in last
     ]
 
@@ -150,10 +149,18 @@ class Model(NamedTuple):
         return np.concatenate(pieces, axis=1)[:, : actions.shape[1] - context.shape[1]]
 
 
-def load(row: Row) -> Model:
-    """Loads a row's model, ready to generate; UserError where it cannot be read, or continue."""
-    network, config = checkpoint.find_network(row.workdir)
-    _, params = checkpoint.load_model(row.workdir)
+def load(rows: Sequence[Row]) -> list[Model]:
+    """Loads the models of rows of one stage, ready to generate; its parameters are read once.
+
+    Raises:
+      UserError: the stage cannot be read, or its model can continue nothing.
+    """
+    stored = checkpoint.open_model(rows[0].workdir)
+    params = stored.load()
+    return [_model(row, stored.network, stored.config, params) for row in rows]
+
+
+def _model(row: Row, network: Network, config: ml_collections.ConfigDict, params: Params) -> Model:
     if row.stage == "bidirectional":
         if config.data.frames < 2:
             raise UserError(f"{row.workdir} has learned single frames and can continue none")
@@ -161,12 +168,11 @@ def load(row: Row) -> Model:
         network = network.without_unrolling()
         stream = functools.partial(_blockwise, network, params, sampler, config.data.frames)
         return Model(stream, config.data.frames - 1, sampler.steps)
-    teacher = row.stage == "ar_diffusion"
-    rollout = generate.for_stage(config, row.steps, None if teacher else row.first_steps)
-    if teacher and row.method == "consistency":  # as if it were distilled
-        student = workdirs.read_config(row.student) if row.student else config
-        sampler = student_sampler(student, row.steps, row.first_steps)
-        rollout = rollout.replace(sampler=sampler, guidance=1.0)
+    if row.stage == "ar_diffusion" and row.first_steps:  # as if it were distilled
+        sampler = student_sampler(row.student or config, row.steps, row.first_steps)
+        rollout = generate.for_stage(network, config).replace(sampler=sampler, guidance=1.0)
+    else:
+        rollout = generate.for_stage(network, config, row.steps, row.first_steps)
     chunk = rollout.network.pattern.chunk
     return Model(functools.partial(_causal, rollout, params), chunk, rollout.passes / chunk)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cfpp.evaluate import metrics
-from cfpp.evaluate.measure import Settings, intact_frames
+from cfpp.evaluate.measure import ByFrame, Settings, intact_frames
 
 
 class Result(NamedTuple):
@@ -23,7 +23,7 @@ class Result(NamedTuple):
       passes: network passes a frame, after the first; None for real clips.
       figures: by column.
       video: uint8 `[E, context + frames, H, W, 3]`.
-      by_frame: see `measure.by_frame`; None but in the arena.
+      by_frame: see `measure.figures`; None but in the arena.
     """
 
     key: str
@@ -31,7 +31,7 @@ class Result(NamedTuple):
     passes: float | None
     figures: dict[str, metrics.Figure]
     video: np.ndarray
-    by_frame: dict[str, list[metrics.Figure]] | None = None
+    by_frame: ByFrame | None = None
 
 
 class Job(NamedTuple):

@@ -5,6 +5,7 @@ python -m cfpp.rollout --workdir=runs/quickstart --frames=200 --steps=2 --out=pl
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import signal
 import time
@@ -123,19 +124,18 @@ def first_frames(
     return np.zeros((1, 0, height, width, 3), np.uint8), np.zeros((1, 0), np.int32)
 
 
-def load(options: argparse.Namespace) -> tuple[ml_collections.ConfigDict, Params]:
-    """The model, laid out over the devices of the ambient mesh, if there is one.
+def load(options: argparse.Namespace) -> tuple[checkpoint.Stored, Params]:
+    """The model and its parameters, laid out over the devices of the ambient mesh if there is one.
 
     Raises:
       UserError: there is no such model, or it does not divide over the mesh.
     """
-    path = options.workdir or options.checkpoint
-    network, config = checkpoint.find_network(path)
+    stored = checkpoint.open_model(options.workdir or options.checkpoint)
     if not options.mesh:
-        return checkpoint.load_model(path)
+        return stored, stored.load()
     device_mesh = jax.sharding.get_mesh()
-    mesh.check(device_mesh, config.model)
-    return checkpoint.load_model(path, mesh.state_shardings(network.shapes(), device_mesh))
+    mesh.check(device_mesh, stored.config.model)
+    return stored, stored.load(mesh.state_shardings(stored.network.shapes(), device_mesh))
 
 
 @contextlib.contextmanager
@@ -178,13 +178,14 @@ def run(options: argparse.Namespace) -> None:
 
 def stream(options: argparse.Namespace) -> None:
     """Streams on the devices of the ambient mesh, or on one; see `run`."""
-    config, params = load(options)
+    stored, params = load(options)
+    network, config = stored.network, stored.config
     if options.cache_dtype:
-        with config.unlocked():
-            config.model.cache_dtype = options.cache_dtype
+        dit = network.dit.clone(cache_dtype=options.cache_dtype)
+        network = dataclasses.replace(network, dit=dit)
     fused = not options.latency
-    rollout = generate.for_stage(config, options.steps, options.first_steps, fused)
-    actions = steering(options, config.model.num_actions)
+    rollout = generate.for_stage(network, config, options.steps, options.first_steps, fused)
+    actions = steering(options, network.dit.num_actions)
     context, given = first_frames(options, config)
     key = jax.random.key(options.seed)
     player = lambda: Player(rollout, params, context, {"actions": given}, key)

@@ -378,6 +378,7 @@ class Rollout(flax.struct.PyTreeNode):
 
 
 def for_stage(
+    network: Network,
     config: ml_collections.ConfigDict,
     steps: int | None = None,
     first_steps: int | None = None,
@@ -386,6 +387,7 @@ def for_stage(
     """The rollout that suits a stage's model: Euler for teachers, consistency for students.
 
     Args:
+      network: the model's.
       config: of the stage. Its guidance counts for a teacher; in a student it is distilled.
       steps: of the sampler; None is 48 for a teacher, and for a student see `student_sampler`.
       first_steps: of a student's first chunk; see there.
@@ -394,7 +396,7 @@ def for_stage(
     Raises:
       UserError: the stage's model cannot stream, or not like this.
     """
-    network = Network.create(config.model, config.pattern).without_unrolling()
+    network = network.without_unrolling()
     if network.pattern.window is None:
         raise UserError("the model's pattern has no window, which streaming in a cache needs")
     if config.stage == "bidirectional":

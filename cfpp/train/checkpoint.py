@@ -20,7 +20,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from logging import LogRecord, getLogger
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import grain
@@ -35,16 +35,13 @@ from jax.experimental import multihost_utils
 
 from cfpp import paths
 from cfpp.errors import UserError, first_line
-from cfpp.models.network import FIELDS, Network
+from cfpp.models.network import FIELDS, Network, Params
 from cfpp.parallel import hosts
 from cfpp.train import shapes
 from cfpp.train import workdir as workdirs
 
 Tree = Any
 MODEL, STATE, DATA, FINGERPRINT = "model", "state", "data", "fingerprint"
-
-# What a stored configuration must have for its model to be rolled out from.
-NEEDED = (*FIELDS, "pattern", "shift", "data.name")
 
 
 def _is_news(record: LogRecord) -> bool:
@@ -255,7 +252,11 @@ def load_model(
       UserError: nothing is there, or it is damaged.
     """
     folder, config = find_model(path)
-    return config, _read_stored(folder, functools.partial(_read_model, sharding=sharding))
+    return config, _load(folder, sharding)
+
+
+def _load(folder: epath.Path, sharding: Tree = None) -> Params:
+    return _read_stored(folder, functools.partial(_read_model, sharding=sharding))
 
 
 def find_model(path: epath.PathLike) -> tuple[epath.Path, ml_collections.ConfigDict]:
@@ -283,31 +284,66 @@ def find_model(path: epath.PathLike) -> tuple[epath.Path, ml_collections.ConfigD
     return path, config
 
 
-def find_network(path: epath.PathLike) -> tuple[Network, ml_collections.ConfigDict]:
-    """The network of the model that `load_model` would load, and the stage's configuration.
+def needed(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The fields that a stage's stored configuration must have for a rollout of its model."""
+    # In a student, guidance is distilled, and a bidirectional model is sampled without.
+    guidance = ("guidance",) if config.stage == "ar_diffusion" else ()
+    return (*FIELDS, "pattern", "shift", *guidance, "data.name")
+
+
+class Stored(NamedTuple):
+    """A stored model whose parameters are not read yet.
+
+    Attributes:
+      network: the network that they are of.
+      config: of the stage.
+      folder: the working directory of the stage, or the export.
+    """
+
+    network: Network
+    config: ml_collections.ConfigDict
+    folder: epath.Path
+
+    def load(self, sharding: Tree = None) -> Params:
+        """Reads the averaged parameters; `sharding` as of `load_model`.
+
+        Raises:
+          UserError: they are damaged.
+        """
+        return _load(self.folder, sharding)
+
+
+def open_model(path: epath.PathLike) -> Stored:
+    """Opens a model to roll out from: all but its parameters, whose shapes are compared.
+
+    Args:
+      path: as of `load_model`.
 
     Raises:
       UserError: there is no model, or its configuration is none, or that of another one.
     """
     folder, config = find_model(path)
     where = folder / "config.json"
-    workdirs.require(config, where, NEEDED)
+    workdirs.require(config, where, needed(config))
     try:
         network = Network.create(config.model, config.pattern)
     except ValueError as error:
         raise UserError(f"{where} is damaged, {error}; restore it") from error
-    shapes.check(nn.meta.unbox(network.shapes()), model_shapes(folder), folder)
-    return network, config
+    shapes.check(nn.meta.unbox(network.shapes()), _stored_shapes(folder), folder)
+    return Stored(network, config, folder)
 
 
 def model_shapes(path: epath.PathLike) -> Tree:
     """What `load_model` would load, as `jax.ShapeDtypeStruct`s."""
+    return _stored_shapes(find_model(path)[0])
 
+
+def _stored_shapes(folder: epath.Path) -> Tree:
     def read(path):
         with _damage():
             return _shapes(path / MODEL)
 
-    return _read_stored(find_model(path)[0], read)
+    return _read_stored(folder, read)
 
 
 def export(path: epath.PathLike, out: epath.PathLike) -> None:

@@ -62,7 +62,7 @@ def run(config: Config, workdir: str, profile: bool = False) -> bool:
     if "evaluate" in config:
         if hosts.is_first():
             if len(done) < len(jobs) or not evaluate.is_reported(config, workdir):
-                evaluate.run(config, workdir)
+                evaluate.run(workdir, evaluate.Settings(**config.evaluate))
             else:
                 print(f"the report is in {os.path.join(workdir, 'report')}")
         hosts.meet("evaluated")

@@ -54,12 +54,13 @@ def draw(
     clips = pipeline.test_clips(config.data, CLIPS, config.data.frames)
     context, condition = clips["video"][:, :1], {"actions": np.asarray(clips["actions"])}
     rng = jax.random.key(config.seed)
+    network = Network.create(config.model, config.pattern)
     if config.stage == "bidirectional":
-        network = Network.create(config.model, config.pattern).without_unrolling()
+        network = network.without_unrolling()
         sampler = euler(BASE_STEPS, config.shift)
         video = generate.bidirectional_clip(network, state.ema, context, condition, rng, sampler)
     else:
-        video = generate.for_stage(config).clip(state.ema, context, condition, rng)
+        video = generate.for_stage(network, config).clip(state.ema, context, condition, rng)
     video = multihost_utils.process_allgather(video, tiled=True)
     if not hosts.is_first():
         return

@@ -4,6 +4,7 @@ import html.parser
 import itertools
 import json
 import pathlib
+import types
 
 import imageio_ffmpeg
 import jax
@@ -49,6 +50,18 @@ def frozen(context, actions, rng):
         yield context[:, -1:]
 
 
+def freeze(monkeypatch):
+    """Makes that the model of every row. Returns the keys of rows by the call that loads them."""
+    calls = []
+
+    def load(rows):
+        calls.append([row.key for row in rows])
+        return [models.Model(frozen, 1, row.steps) for row in rows]
+
+    monkeypatch.setattr(models, "load", load)
+    return calls
+
+
 class Links(html.parser.HTMLParser):
     """Collects the files that a page shows, and checks that its tags are closed in order."""
 
@@ -67,10 +80,10 @@ class Links(html.parser.HTMLParser):
 
 
 def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
-    monkeypatch.setattr(models, "load", lambda row: models.Model(frozen, 1, row.steps))
+    loaded = freeze(monkeypatch)
     config = workdirs.read_config(workdir)
     assert not job.is_reported(config, workdir)
-    job.run(config, workdir)
+    job.run(workdir, measure.Settings(**config.evaluate))
     folder = workdir / "report"
     assert job.is_reported(config, workdir)
     results = json.loads((folder / "results.json").read_text())
@@ -88,6 +101,14 @@ def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
     keys = [row["key"] for row in results["rows"]]
     students = [f"{stage}_{steps}" for stage in ("cd", "dmd") for steps in (1, 2, 4, "2_first_4")]
     assert keys == ["real", "ar_48", "ar_1", "ar_2", *students, "base_48"]
+    assert loaded == [keys[1:4], keys[4:8], keys[8:12], keys[12:]]  # each stage once
+    for row in results["rows"]:
+        figures, by_frame = row["figures"], row["by_frame"]
+        assert [len(column) for column in by_frame.values()] == [SETTINGS["frames"]] * 2
+        assert by_frame["agent_error"][-1] == figures["agent_error"]
+        assert [by_frame["intact"][i - 1] for i in (1, 4)] == [
+            figures[f"intact_{i}"] for i in (1, 4)
+        ]
     real, fake = results["rows"][0]["figures"], results["rows"][1]["figures"]
     assert real["agent_error"]["mean"] < 0.1 and real["intact_4"]["mean"] == 1
     assert real["allowed"]["mean"] == 1
@@ -116,7 +137,7 @@ def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
 
 
 def test_single_stage_and_flags(workdir, monkeypatch):
-    monkeypatch.setattr(models, "load", lambda row: models.Model(frozen, 1, row.steps))
+    freeze(monkeypatch)
     flags = [f"--{name}={value}" for name, value in SETTINGS.items() if name != "episodes"]
     command_line.main([f"--workdir={workdir / 'stage2'}", "--episodes=4", *flags])
     results = json.loads((workdir / "stage2" / "report" / "results.json").read_text())
@@ -202,14 +223,14 @@ def test_settings_out_of_range(workdir):
     with pytest.raises(UserError, match="must be less than 2"):
         measure.Settings(seed=2**32)
     with pytest.raises(UserError, match="test split of arena has"):
-        job.evaluate(workdir / "stage1", measure.Settings(episodes=100))
+        job.run(workdir / "stage1", measure.Settings(episodes=100))
 
 
 def test_report_that_cannot_be_written(workdir, monkeypatch):
-    monkeypatch.setattr(models, "load", lambda row: models.Model(frozen, 1, row.steps))
+    freeze(monkeypatch)
     (workdir / "stage1" / "report").write_text("in the way")
     with pytest.raises(UserError, match="the report cannot be written"):
-        job.evaluate(workdir / "stage1", measure.Settings(**SETTINGS))
+        job.run(workdir / "stage1", measure.Settings(**SETTINGS))
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -218,8 +239,8 @@ def test_report_that_cannot_be_written(workdir, monkeypatch):
 def store(monkeypatch, config, params):
     """Makes that the model of every work directory."""
     network = Network.create(config.model, config.pattern)
-    monkeypatch.setattr(checkpoint, "find_network", lambda path: (network, config))
-    monkeypatch.setattr(checkpoint, "load_model", lambda path: (config, params))
+    stored = types.SimpleNamespace(network=network, config=config, load=lambda: params)
+    monkeypatch.setattr(checkpoint, "open_model", lambda path: stored)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -234,7 +255,7 @@ def test_models_generate(stage, monkeypatch):
     job = ml_collections.ConfigDict({"stage": stage})
     row = models.find_rows({pathlib.Path("first"): job, pathlib.Path("last"): job})[-1]
     assert row.workdir.name == "last"
-    model = models.load(row)
+    (model,) = models.load([row])
     assert model.passes == row.steps
     context = np.random.default_rng(0).integers(0, 256, (2, 1, 16, 16, 3)).astype(np.uint8)
     actions = np.random.default_rng(0).integers(0, 5, (2, 6)).astype(np.int32)
@@ -252,7 +273,6 @@ def test_an_undistilled_teacher_takes_the_schedule_of_its_student(monkeypatch):
     teacher, student = stage1.get_config("smoke"), stage2.get_config("smoke")
     teacher.shift, student.positions = 3.0, (1000.0, 125.0)
     store(monkeypatch, teacher, {})
-    monkeypatch.setattr(models.workdirs, "read_config", lambda path: student)
     folders = pathlib.Path("stage1"), pathlib.Path("stage2")
     for trained, levels in (
         ([teacher], [1, 0.75]),  # 3 sigma / (1 + 2 sigma) at a half
@@ -260,7 +280,7 @@ def test_an_undistilled_teacher_takes_the_schedule_of_its_student(monkeypatch):
     ):
         rows = models.find_rows(dict(zip(folders, trained, strict=False)))
         (row,) = (row for row in rows if row.key == "ar_2")
-        rollout = models.load(row).stream.args[0]
+        rollout = models.load([row])[0].stream.args[0]
         np.testing.assert_allclose(rollout.sampler.sigmas[:, :2], [levels] * 2, rtol=1e-6)
         assert rollout.sampler.last.tolist() == [1, 1]
 
@@ -271,7 +291,7 @@ def test_a_base_of_single_frames_continues_none(monkeypatch):
     store(monkeypatch, config, {})
     (row,) = models.find_rows({pathlib.Path("x"): config})
     with pytest.raises(UserError, match=r"^x has learned single frames and can continue none$"):
-        models.load(row)
+        models.load([row])
 
 
 def test_speed_of_long_pieces(monkeypatch):
