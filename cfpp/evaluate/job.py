@@ -13,7 +13,7 @@ from etils import epath
 
 from cfpp.evaluate import measure, metrics, models, report, table
 from cfpp.evaluate.measure import Settings, Yardstick
-from cfpp.train import workdir as workdirs
+from cfpp.train import workdirs
 
 STARTS_RNG, CLIPS_RNG = 0, 1  # folded into the evaluation's key
 

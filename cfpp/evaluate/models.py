@@ -17,8 +17,7 @@ from cfpp.models.network import Network, Params
 from cfpp.rollout import generate
 from cfpp.rollout.sampler import Sampler, euler, student_sampler
 from cfpp.rollout.stream import Player
-from cfpp.train import checkpoint
-from cfpp.train import workdir as workdirs
+from cfpp.train import checkpoint, workdirs
 
 _STUDENTS = ("consistency", "ode", "dmd")  # whose schedule counts: the first of them that is there
 SPEED_FRAMES = 48  # of a stream that is timed

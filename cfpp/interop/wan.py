@@ -11,9 +11,9 @@ import numpy as np
 from flax import traverse_util
 
 from cfpp.attention.pattern import Pattern
+from cfpp.models import shapes
 from cfpp.models.dit import DiT
 from cfpp.models.network import Network
-from cfpp.train import shapes
 
 Weights = Mapping[str, np.ndarray]
 

@@ -12,9 +12,8 @@ import optax
 
 from cfpp import flow
 from cfpp.attention.pattern import Pattern
-from cfpp.models import codec
+from cfpp.models import codec, shapes
 from cfpp.models.network import Condition, Params
-from cfpp.train import shapes
 
 Metrics = dict[str, jax.Array]
 

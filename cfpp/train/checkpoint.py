@@ -35,10 +35,10 @@ from jax.experimental import multihost_utils
 
 from cfpp import paths
 from cfpp.errors import UserError, first_line
+from cfpp.models import shapes
 from cfpp.models.network import FIELDS, Network, Params
 from cfpp.parallel import hosts
-from cfpp.train import shapes
-from cfpp.train import workdir as workdirs
+from cfpp.train import workdirs
 
 Tree = Any
 MODEL, STATE, DATA, FINGERPRINT = "model", "state", "data", "fingerprint"

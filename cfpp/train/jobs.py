@@ -13,8 +13,7 @@ from cfpp import paths
 from cfpp.data import sources
 from cfpp.errors import UserError
 from cfpp.parallel import hosts
-from cfpp.train import checkpoint, checks, loop, samples
-from cfpp.train import workdir as workdirs
+from cfpp.train import checkpoint, checks, loop, samples, workdirs
 
 Config = ml_collections.ConfigDict
 

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from cfpp import stages
 from cfpp.data import pipeline
 from cfpp.errors import UserError
+from cfpp.models import shapes
 from cfpp.parallel import hosts, mesh
-from cfpp.train import checkpoint, checks, metrics, program, samples, shapes
-from cfpp.train import workdir as workdirs
+from cfpp.train import checkpoint, checks, metrics, program, samples, workdirs
 
 STEPS_IN_FLIGHT = 2  # dispatched and not finished: enough to keep the device busy
 

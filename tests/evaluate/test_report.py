@@ -18,8 +18,7 @@ from cfpp.errors import UserError
 from cfpp.evaluate import __main__ as command_line
 from cfpp.evaluate import job, measure, metrics, models, probe, report, table
 from cfpp.models.network import Network
-from cfpp.train import checkpoint
-from cfpp.train import workdir as workdirs
+from cfpp.train import checkpoint, workdirs
 from configs import common, quickstart, stage1, stage2
 from tests import tiny
 

@@ -14,9 +14,9 @@ import numpy as np
 import optax
 
 from cfpp.errors import exit_on_user_error
+from cfpp.models import shapes
 from cfpp.parallel import hosts
 from cfpp.stages import Parent, Stage, State
-from cfpp.train import shapes
 from configs import common
 
 

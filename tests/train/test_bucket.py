@@ -14,8 +14,7 @@ from orbax.checkpoint._src.path import gcs_utils
 
 from cfpp import export, media
 from cfpp.errors import UserError
-from cfpp.train import checkpoint, jobs
-from cfpp.train import workdir as workdirs
+from cfpp.train import checkpoint, jobs, workdirs
 from tests.train import fake
 
 

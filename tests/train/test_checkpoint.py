@@ -14,8 +14,8 @@ from etils import epath
 
 from cfpp import export
 from cfpp.errors import UserError
-from cfpp.train import checkpoint, jobs, shapes
-from cfpp.train import workdir as workdirs
+from cfpp.models import shapes
+from cfpp.train import checkpoint, jobs, workdirs
 from tests.train import fake
 from tests.train.test_loop import final_state
 
@@ -194,7 +194,7 @@ def test_export_overwrites_nothing_and_damage_is_told(trained, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
     assert (tmp_path / "out.tmp/mine").exists()
     full = OSError(errno.ENOSPC, "No space left on device")
-    with mock.patch("cfpp.train.workdir.write_config", side_effect=full), pytest.raises(UserError):
+    with mock.patch("cfpp.train.workdirs.write_config", side_effect=full), pytest.raises(UserError):
         checkpoint.export(trained, tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
     flip_a_bit(largest_file(out / "model"))

@@ -16,8 +16,7 @@ import pytest
 from cfpp.data import sources
 from cfpp.errors import UserError
 from cfpp.stages import Parent
-from cfpp.train import checkpoint, checks, jobs, program, samples
-from cfpp.train import workdir as workdirs
+from cfpp.train import checkpoint, checks, jobs, program, samples, workdirs
 from tests.train import crash, fake
 
 
