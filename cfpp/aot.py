@@ -101,12 +101,8 @@ def compile_step(config: Config, name: str) -> Report:
     stage = checks.build_stage(config)
     device_mesh = mesh.create(config.mesh, devices)
     programs = program.create(stage, config, program.parent_shapes(stage, config), device_mesh)
-    batch = {
-        key: shape.update(sharding=programs.batch)
-        for key, shape in pipeline.batch_shapes(config).items()
-    }
     begin = time.perf_counter()
-    traced = programs.step.trace(programs.state, batch)
+    traced = programs.step.trace(programs.state, pipeline.batch_shapes(config, programs.batch))
     flops = compiled.flops(traced.jaxpr.jaxpr) / len(devices)
     figures = {
         "mesh": dict(device_mesh.shape),

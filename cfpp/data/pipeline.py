@@ -121,11 +121,14 @@ class _BatchIterator(grain.DatasetIterator):
             self._reader = None
 
 
-def batch_shapes(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+    config: ml_collections.ConfigDict, sharding: jax.sharding.Sharding | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """What a batch of a stage holds, as shapes.
 
     Args:
       config: of the stage.
+      sharding: of each array.
 
     Returns:
       `video` `[B, F, H, W, C]`, uint8, or bfloat16 where it is latents; `actions` int32 `[B, F]`
@@ -135,12 +138,13 @@ def batch_shapes(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeS
     clip = (config.batch_size, data.frames)
     picture = (data.height, data.width, model.channels)
     dtype = jnp.bfloat16 if data.latents else jnp.uint8
-    shapes = {"video": jax.ShapeDtypeStruct(clip + picture, dtype)}
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    shapes = {"video": shape(clip + picture, dtype)}
     if data.num_actions:
-        shapes["actions"] = jax.ShapeDtypeStruct(clip, jnp.int32)
+        shapes["actions"] = shape(clip, jnp.int32)
     if data.text_tokens:
         length = (config.batch_size, data.text_tokens, model.text_dim)
-        shapes["text"] = jax.ShapeDtypeStruct(length, jnp.bfloat16)
+        shapes["text"] = shape(length, jnp.bfloat16)
     return shapes
 
 

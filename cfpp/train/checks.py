@@ -112,6 +112,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.pattern.window is {window}: with a sink of {sink} and chunks of {chunk} "
             f"frames no chunk sees the frame before it; give at least {sink + chunk + 1}"
         )
+    first = config.pattern.first_chunk or chunk
+    if is_causal and chunk is not None and config.data.frames <= first:
+        raise UserError(
+            f"config.data.frames is {config.data.frames}: with a first chunk of {first} frames no "
+            f"chunk sees a frame before it; give at least {first + 1}"
+        )
     if fields.get("guidance", 1.0) != 1.0 and is_untaught(config):
         raise UserError(
             f"config.guidance is {config.guidance}, but with config.drop_rate=0 the model learns "

@@ -131,17 +131,23 @@ def train(
 def programs_of(
     stage: stages.Stage, config: ml_collections.ConfigDict, device_mesh: Mesh
 ) -> program.Program:
-    """The stage's programs, for parents of the shapes that are stored.
+    """The stage's programs, for parents of the shapes that are stored; its step is traced.
 
     Raises:
-      UserError: a parent does not fit, or something does not divide over the mesh.
+      UserError: a parent does not fit, something does not divide over the mesh, or the model's
+        attention does not take its shapes.
     """
     given = checks.parents(config, checkpoint.model_shapes)
     try:
-        return program.create(stage, config, given, device_mesh)
+        programs = program.create(stage, config, given, device_mesh)
+        # Once and for all: the first step finds this trace.
+        programs.step.eval_shape(programs.state, pipeline.batch_shapes(config, programs.batch))
     except shapes.MismatchError as error:
         roles = ", ".join(f"{role}={config.init_from[role]}" for role in given)
         raise UserError(f"config.init_from ({roles}): {error}") from error
+    except ValueError as error:
+        raise UserError(f"stage {config.stage} cannot be traced: {error}") from error
+    return programs
 
 
 def announce(state: Any, progress: metrics.Progress, writer: metrics.Writer) -> None:

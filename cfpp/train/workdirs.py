@@ -18,11 +18,11 @@ from cfpp.errors import UserError
 from cfpp.parallel import hosts
 
 # Fields of a stage that may change between the starts of a run, since no step depends on them, or,
-# of the mesh, by the order of sums alone.
+# of the mesh and of attention, by the order of sums alone.
 # `steps` may grow, but not in a job of several stages: others have started from this one.
 OPERATIONAL = (
     "log_every", "save_every", "sample_every", "keep", "data.workers",
-    "mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor",
+    "mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor", "model.attention",
 )  # fmt: skip
 
 FAULTS_OF_THE_DISK = {

@@ -91,6 +91,11 @@ def train_batches(data_config, batch_size, seed, rows=None):
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1)))
 
 
+def batch_shapes(config, sharding=None):
+    shape = config.batch_size, DIM[0]
+    return {"video": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding)}
+
+
 DIM = [8]
 
 
@@ -101,6 +106,7 @@ def patches(dim: int = 8):
         mock.patch("cfpp.stages.build", build),
         mock.patch("cfpp.data.sources.prepare", lambda data_config: None),
         mock.patch("cfpp.data.pipeline.train_batches", train_batches),
+        mock.patch("cfpp.data.pipeline.batch_shapes", batch_shapes),
     )
 
 

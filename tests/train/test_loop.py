@@ -165,6 +165,7 @@ def test_a_workdir_of_another_config_is_refused(finished):
     with pytest.raises(UserError, match=r"made for 12 steps and config.steps is now 3"):
         jobs.run(fake.config(steps=3), finished)
     assert jobs.run(fake.config(mesh={"data": 1}), finished)  # the mesh may be another
+    assert jobs.run(fake.config(model={"attention": "xla"}), finished)
     without = fake.config().copy_and_resolve_references().unlock()
     del without.bad_loss_at
     with pytest.raises(UserError, match="bad_loss_at was -1 and is now absent"):
@@ -201,6 +202,28 @@ def test_numbers_out_of_range(tmp_path, name, value, wanted):
         jobs.run(fake.config(**changes), tmp_path / "run")
     assert f"config.{name} is {value}; it must be {wanted}" in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_step_is_traced_once_and_what_cannot_be_traced_leaves_no_trace(tmp_path):
+    traced = []
+
+    def build(config):
+        stage = fake.build(config)
+
+        def step(*arguments):
+            traced.append(arguments)
+            if config.seed:
+                raise ValueError("heads of at most 128, got 160")
+            return stage.step(*arguments)
+
+        return stage._replace(step=step)
+
+    with mock.patch("cfpp.stages.build", build):
+        assert jobs.run(fake.config(), tmp_path / "run")
+        assert len(traced) == 1
+        with pytest.raises(UserError, match=r"^stage fake cannot be traced: heads of at most 128"):
+            jobs.run(fake.config(seed=1), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_unknown_stage(tmp_path):
@@ -363,6 +386,10 @@ def test_a_window_without_history_is_refused():
         checks.validate(fake.config(pattern=pattern))
     checks.validate(fake.config(pattern=pattern | {"window": 5}))
     checks.validate(fake.config(pattern=pattern | {"chunk": None}))  # `Pattern` refuses that
+    for changes, first in (({"chunk": 20, "window": 40}, 20), ({"first_chunk": 8}, 8)):
+        told = f"data.frames is 8: with a first chunk of {first} frames .* at least {first + 1}$"
+        with pytest.raises(UserError, match=told):
+            checks.validate(fake.config(data={"frames": 8}, pattern=changes))
 
 
 def test_samples_are_asked_for(tmp_path):
