@@ -15,8 +15,8 @@ frame-wise in training; one frame against a cache of 21 in the rollout. For each
     flops_per_bundle    the three together: flops / (visits * bundles)
 
 A bundle takes a cycle or longer and a visit costs something besides, so this is no measurement of
-time: the compiler gives no time for a kernel, and none is made up here. Splash attention is
-compiled without a mask, which flatters it: the blocks that it sees in part need one.
+time: the compiler gives no time for a kernel, and none is made up here. Splash attention has the
+mask of `cfpp.attention.library`, which its kernels compute in every visit.
 
 Writes `benchmarks/results/tpu_compile.json`.
 """
@@ -102,12 +102,8 @@ def examine(topology: str, directory: pathlib.Path) -> dict:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel,
-        splash_attention_mask,
-    )
 
-    from cfpp.attention import pallas_tpu
+    from cfpp.attention import library, pallas_tpu
     from cfpp.attention.pattern import Pattern, teacher_forced_entries
 
     device = devices(topology)[0]
@@ -138,13 +134,8 @@ def examine(topology: str, directory: pathlib.Path) -> dict:
     results["rollout"] = with_visits(kernels, cached, FRAMES, FRAMES * TOKENS**2)
 
     for block in (512, 1024):
-        names = splash_attention_kernel.BlockSizes.__dataclass_fields__
-        sizes = {name: block for name in names if name.startswith("block")}
-        splash = splash_attention_kernel.make_splash_mha_single_device(
-            splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((4096, 4096))]),
-            block_sizes=splash_attention_kernel.BlockSizes(**sizes),
-        )
-        kernels = compile_for(gradient(splash), [((1, 4096, HEAD_DIM), jnp.bfloat16)] * 3)
+        splash = functools.partial(library.splash, mask=mask, block=block)
+        kernels = compile_for(gradient(lambda *qkv, splash=splash: splash(*qkv)[0]), [x] * 3)
         start = np.arange(0, 2 * FRAMES * TOKENS, block)
         stop = np.minimum(start + block, 2 * FRAMES * TOKENS)
         parts = [np.arange(a // TOKENS, -(-b // TOKENS)) for a, b in zip(start, stop, strict=True)]

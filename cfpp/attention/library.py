@@ -104,11 +104,13 @@ def splash(
     mask: Mask,
     layer: jax.Array | None = None,
     interpret: bool = False,
+    block: int = 512,
 ) -> tuple[jax.Array, None]:
     """JAX's splash attention for TPU, as `reference.attend` but without a logsumexp.
 
     Args:
       interpret: whether to run the kernel in Pallas's interpreter, on any device.
+      block: rows, and columns, of a block; fewer where there are fewer.
 
     Raises:
       ValueError: it cannot express this: see `FrameMask`.
@@ -116,7 +118,7 @@ def splash(
     _check("splash", mask, layer)
     heads, _, tokens, head_dim = q.shape[1:]
     rows, columns = (frames * tokens for frames in mask.shape)
-    block = min(512, 128 * -(-min(rows, columns) // 128))
+    block = min(block, 128 * -(-min(rows, columns) // 128))
     fill = lambda length: -length % block
     frame_mask = FrameMask(mask, tokens, rows + fill(rows), columns + fill(columns))
     sizes = {
@@ -172,9 +174,9 @@ class FrameMask(splash_attention_mask._ComputableMask):
             codes.append(sum(int(end) << place * width for place, end in enumerate(ends)))
 
         def visible(code, position):
-            frame = position // tokens
-            end = lambda place: (code >> place * width) & (2**width - 1)
-            seen = [(end(2 * n) <= frame) & (frame < end(2 * n + 1)) for n in range(runs)]
+            # Not `position // tokens`: Mosaic lowers that only where it finds a TPU.
+            end = lambda place: ((code >> place * width) & (2**width - 1)) * tokens
+            seen = [(end(2 * n) <= position) & (position < end(2 * n + 1)) for n in range(runs)]
             return functools.reduce(lambda a, b: a | b, seen)
 
         super().__init__((rows, columns), visible)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from cfpp.attention import pallas_tpu
+from cfpp.attention import library, pallas_tpu
 from cfpp.attention.cache import Cache
 from cfpp.attention.pattern import Pattern, teacher_forced_entries
 from cfpp.parallel import topology
@@ -90,6 +90,18 @@ def test_training_compiles(name, heads, frames, tokens, head_dim):
     run = gradients(Pattern().mask(entries, entries))
     found = kernels(name, run, [x, x, x, x, statistic], (HEADS, HEADS, HEADS))
     assert found == ["attention_dkv", "attention_dq", "attention_forward"]
+
+
+def test_splash_compiles():
+    """With a mask that its kernels compute."""
+    entries = teacher_forced_entries(3)
+    mask = Pattern().mask(entries, entries)
+    total = lambda *qkv: library.splash(*qkv, mask)[0].astype(jnp.float32).sum()
+    sharding = SingleDeviceSharding(topology.devices("v5e:2x2")[0])
+    x = jax.ShapeDtypeStruct((1, 2, 6, 200, 128), jnp.bfloat16, sharding=sharding)
+    program = jax.jit(jax.grad(total, (0, 1, 2))).lower(x, x, x).compile().as_text()
+    for kernel in ("fwd", "dq", "dkv"):
+        assert f"%splash_mha_{kernel}" in program
 
 
 @pytest.mark.parametrize(
