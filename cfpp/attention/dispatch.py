@@ -74,8 +74,12 @@ def attend(
 
     Raises:
       UserError: the implementation does not run on this machine.
-      ValueError: the shapes do not fit.
+      ValueError: there is no such implementation, or the arrays do not fit.
     """
+    if name != "auto" and name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention is auto or one of {', '.join(IMPLEMENTATIONS)}, got {name}")
+    for k, v, mask, layer in parts:
+        _check_arrays(q, k, v, plain(mask), layer)
     platform = mesh.platform()
     if len(parts) > 1 and name != "auto" and not IMPLEMENTATIONS[name].cached:
         say_once(f"attention: {name}, and auto where there is a cache, which {name} does not take")
@@ -83,7 +87,6 @@ def attend(
     implementation = context.per_device(choose(name, platform))
     results = []
     for k, v, mask, layer in parts:
-        _check_shapes(q, k, v, plain(mask), layer)
         if layer is None:
             results.append(implementation(q, k, v, plain(mask)))
         else:
@@ -147,16 +150,25 @@ def choose(name: str, platform: str) -> Callable:
     return found
 
 
-def _check_shapes(q, k, v, mask: Mask, layer) -> None:
-    """Raises ValueError if shapes do not fit one another."""
-    if layer is not None:
-        k, v = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (k, v))
+def _check_arrays(q, k, v, mask: Mask, layer) -> None:
+    """Raises ValueError if arrays are not of a kind that can attend, or do not fit one another."""
+    stacked = int(layer is not None)
+    for name, x, rank in (("queries", q, 5), ("keys", k, 5 + stacked), ("values", v, 5 + stacked)):
+        if len(x.shape) != rank:
+            of = " of several layers" if rank > 5 else ""
+            raise ValueError(f"{name}{of} have {rank} dimensions, got {len(x.shape)}: {x.shape}")
+        if 0 in x.shape:
+            raise ValueError(f"attention needs at least one of everything, got {name} of {x.shape}")
+        if not isinstance(x, Quantised) and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"attention takes {name} in floating point, got {x.dtype}")
+    keys_shape, values_shape = k.shape[stacked:], v.shape[stacked:]
     batch, heads, queries, tokens, head_dim = q.shape
-    keys = k.shape[2]
+    keys = keys_shape[2]
     wanted = (batch, heads, keys, tokens, head_dim)
-    if k.shape != wanted or v.shape != wanted:
+    if keys_shape != wanted or values_shape != wanted:
         raise ValueError(
-            f"queries {q.shape} need keys and values of {wanted}, got {k.shape} and {v.shape}"
+            f"queries {q.shape} need keys and values of {wanted}, got {keys_shape} and "
+            f"{values_shape}"
         )
     if mask.shape != (queries, keys):
         raise ValueError(

@@ -163,6 +163,42 @@ def test_misfits():
 
 
 @pytest.mark.parametrize(
+    ("q", "k", "layer", "message"),
+    [
+        ((2, 3, 4, 8), (2, 3, 4, 8), None, r"queries have 5 dimensions, got 4: \(2, 3, 4, 8\)"),
+        ((1, 2, 3, 4, 8), (2, 3, 4, 8), None, r"keys have 5 dimensions, got 4: \(2, 3, 4, 8\)"),
+        ((1, 2, 3, 4, 8), (1, 2, 3, 4, 8), 0, "keys of several layers have 6 dimensions, got 5"),
+        ((1, 2, 3, 4, 8), (1, 1, 2, 3, 4, 8), None, "keys have 5 dimensions, got 6"),
+        ((0, 2, 3, 4, 8), (0, 2, 3, 4, 8), None, r"got queries of \(0, 2, 3, 4, 8\)"),
+        ((1, 2, 3, 0, 8), (1, 2, 3, 0, 8), None, r"got queries of \(1, 2, 3, 0, 8\)"),
+        ((1, 2, 3, 4, 8), (1, 2, 0, 4, 8), None, r"got keys of \(1, 2, 0, 4, 8\)"),
+        ((1, 2, 3, 4, 8), (0, 1, 2, 3, 4, 8), 0, r"got keys of \(0, 1, 2, 3, 4, 8\)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["auto", "reference", "pallas_gpu"])
+def test_arrays_that_cannot_attend(q, k, layer, message, name):
+    q, k = jnp.zeros(q), jnp.zeros(k)
+    mask = schedule.keep_static(np.ones((q.shape[-3], k.shape[-3]), bool))
+    with pytest.raises(ValueError, match=message) as error:
+        dispatch.attend(name, q, [(k, k, mask, layer)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_integers_do_not_attend(which):
+    qkv = [jnp.ones((1, 1, 1, 2, 4), "int8" if i == which else "float32") for i in range(3)]
+    name = ("queries", "keys", "values")[which]
+    with pytest.raises(ValueError, match=f"takes {name} in floating point, got int8"):
+        dispatch.attend("xla", qkv[0], [(*qkv[1:], np.ones((1, 1), bool), None)])
+
+
+def test_an_implementation_that_there_is_not():
+    q = jnp.ones((1, 1, 1, 2, 4))
+    with pytest.raises(ValueError, match=r"auto or one of reference, .*tokamax, got flash"):
+        dispatch.attend("flash", q, [(q, q, np.ones((1, 1), bool), None)])
+
+
+@pytest.mark.parametrize(
     ("name", "platform"), [("cudnn", "cpu"), ("pallas_tpu", "gpu"), ("splash", "gpu")]
 )
 def test_an_implementation_that_the_device_lacks(name, platform):
