@@ -10,6 +10,7 @@ the entries' own, is attention over each, merged: with o_p, L_p of part p,
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -32,12 +33,16 @@ class Implementation(NamedTuple):
       platforms: on which it runs: 'cpu', 'gpu', 'tpu'; where none is named, on any.
       interpreted: whether it is a kernel that Pallas's interpreter runs on a CPU: slow, for tests.
       cached: whether it can attend to a cache; where not, 'auto' does that part of the work.
+      dtypes: of queries, that it takes; where none is named, any.
+      head_dim: of the widest heads that it takes; None is any.
     """
 
     function: str
     platforms: tuple[str, ...] = ()
     interpreted: bool = False
     cached: bool = True
+    dtypes: tuple[str, ...] = ()
+    head_dim: int | None = None
 
     def runs_on(self, platform: str) -> bool:
         """Whether it runs there as it is, not by an interpreter."""
@@ -47,13 +52,22 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS = {
     "reference": Implementation("reference:attend"),
     "xla": Implementation("xla:attend"),
-    "pallas_tpu": Implementation("pallas_tpu:attend", ("tpu",), interpreted=True),
-    "pallas_gpu": Implementation("pallas_gpu:attend", ("gpu",), interpreted=True),
+    "pallas_tpu": Implementation(
+        "pallas_tpu:attend", ("tpu",), interpreted=True, dtypes=("bfloat16", "float32")
+    ),
+    "pallas_gpu": Implementation(
+        "pallas_gpu:attend",
+        ("gpu",),
+        interpreted=True,
+        dtypes=("bfloat16", "float16", "float32"),
+        head_dim=128,
+    ),
     "splash": Implementation("library:splash", ("tpu",), interpreted=True, cached=False),
     "cudnn": Implementation("library:cudnn", ("gpu",), cached=False),
     "tokamax": Implementation("library:tokamax", cached=False),
 }
-AUTO = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # elsewhere xla
+AUTO = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # elsewhere, and where these cannot, xla
+OLDEST_GPU = 8  # compute capability of NVIDIA's, that Triton's kernels run on
 
 
 def attend(
@@ -84,6 +98,8 @@ def attend(
     if len(parts) > 1 and name != "auto" and not IMPLEMENTATIONS[name].cached:
         say_once(f"attention: {name}, and auto where there is a cache, which {name} does not take")
         name = "auto"
+    if name == "auto":
+        name = pick(platform, q.dtype, q.shape[-1])
     implementation = context.per_device(choose(name, platform))
     results = []
     for k, v, mask, layer in parts:
@@ -129,12 +145,32 @@ def _attend_layer_backward(implementation, residuals, cotangents):
 _attend_layer.defvjp(_attend_layer_forward, _attend_layer_backward)
 
 
+def pick(platform: str, dtype, head_dim: int) -> str:
+    """The implementation that 'auto' is, for queries of this kind; says once what it picked."""
+    name, why = AUTO.get(platform, "xla"), ""
+    preferred = IMPLEMENTATIONS[name]
+    if preferred.dtypes and jnp.dtype(dtype).name not in preferred.dtypes:
+        why = f"{name} does not take {jnp.dtype(dtype).name}"
+    elif preferred.head_dim and head_dim > preferred.head_dim:
+        why = f"{name} takes heads of at most {preferred.head_dim}, not {head_dim}"
+    elif platform == "gpu" and (capability := _capability()) < OLDEST_GPU:
+        why = f"{name} needs compute capability {OLDEST_GPU}.0, not {capability}"
+    name = "xla" if why else name
+    say_once(f"attention: auto is {name}, on {platform}" + (f": {why}" if why else ""))
+    return name
+
+
+def _capability() -> float:
+    """The compute capability of this machine's GPU; infinite of a GPU that has none, or no GPU."""
+    try:
+        return float(jax.local_devices()[0].compute_capability)
+    except (AttributeError, ValueError):  # AMD's have names, such as gfx942
+        return math.inf
+
+
 @functools.cache
 def choose(name: str, platform: str) -> Callable:
-    """The function that `config.model.attention` means on a platform; says once what it picked."""
-    if name == "auto":
-        name = AUTO.get(platform, "xla")
-        say_once(f"attention: auto is {name}, on {platform}")
+    """The function of an implementation, on a platform."""
     implementation = IMPLEMENTATIONS[name]
     interpreted = implementation.interpreted and platform == "cpu"
     if not implementation.runs_on(platform) and not interpreted:

@@ -1,6 +1,8 @@
 """The implementations of attention against the dense reference, and the dispatch between them."""
 
 import dataclasses
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -213,10 +215,10 @@ def test_kernels_run_on_a_cpu_by_the_interpreter():
         close(out, q)
 
 
-@pytest.mark.parametrize("name", ["auto", "reference", "xla"])
-def test_other_devices_get_plain_jax(name):
-    plain = reference if name == "reference" else xla
-    assert dispatch.choose(name, "METAL") is plain.attend
+def test_other_devices_get_plain_jax():
+    assert dispatch.choose("reference", "METAL") is reference.attend
+    assert dispatch.choose("xla", "METAL") is xla.attend
+    assert dispatch.pick("METAL", "float32", 64) == "xla"
 
 
 @pytest.fixture
@@ -233,8 +235,63 @@ def test_auto_says_once_what_it_picked(told):
         dispatch.attend("auto", q, [(q, q, schedule.keep_static(np.eye(2, dtype=bool)), None)])
     assert told() == "attention: auto is xla, on cpu\n"
     for _ in range(2):
-        dispatch.choose("auto", "gpu")
+        dispatch.pick("gpu", "bfloat16", 128)
     assert told() == "attention: auto is pallas_gpu, on gpu\n"
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype", "head_dim", "line"),
+    [
+        ("gpu", "8.0", "float16", 128, "pallas_gpu, on gpu"),
+        ("gpu", "gfx942", "float32", 64, "pallas_gpu, on gpu"),
+        ("gpu", None, "bfloat16", 64, "pallas_gpu, on gpu"),
+        (
+            "gpu",
+            "9.0",
+            "bfloat16",
+            192,
+            "xla, on gpu: pallas_gpu takes heads of at most 128, not 192",
+        ),
+        ("gpu", "9.0", "float64", 64, "xla, on gpu: pallas_gpu does not take float64"),
+        (
+            "gpu",
+            "7.5",
+            "float16",
+            64,
+            "xla, on gpu: pallas_gpu needs compute capability 8.0, not 7.5",
+        ),
+        ("tpu", None, "bfloat16", 256, "pallas_tpu, on tpu"),
+        ("tpu", None, "float16", 64, "xla, on tpu: pallas_tpu does not take float16"),
+    ],
+)
+def test_auto_takes_what_the_kernels_cannot(
+    told, monkeypatch, platform, capability, dtype, head_dim, line
+):
+    device = types.SimpleNamespace()
+    if capability is not None:
+        device.compute_capability = capability
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    name = line.split(",")[0]
+    for _ in range(2):
+        assert dispatch.pick(platform, dtype, head_dim) == name
+    assert told() == f"attention: auto is {line}\n"
+
+
+@pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu"])
+def test_kernels_take_what_auto_leaves_to_them(name):
+    """And no dtype or head besides, or auto would be wrong in leaving it to xla."""
+    implementation = dispatch.IMPLEMENTATIONS[name]
+    attend = functools.partial(dispatch.choose(name, "cpu"), mask=np.ones((1, 1), bool))
+    head_dim = implementation.head_dim or 256
+    for dtype in implementation.dtypes:
+        x = jax.ShapeDtypeStruct((1, 1, 1, 128, head_dim), dtype)
+        jax.eval_shape(attend, x, x, x)
+    if implementation.head_dim:
+        assert head_dim == pallas_gpu.HEAD_DIM
+    if "float16" not in implementation.dtypes:
+        x = jax.ShapeDtypeStruct((1, 1, 1, 128, 64), "float16")
+        with pytest.raises(ValueError, match="float16"):
+            jax.eval_shape(attend, x, x, x)
 
 
 @pytest.mark.parametrize(("hopper", "kernels"), [(True, "Mosaic"), (False, "Triton")])
