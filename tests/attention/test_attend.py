@@ -76,6 +76,20 @@ def test_blockwise_equals_dense(case, blocks, known_when_traced):
     jax.tree.map(close, ours, theirs)
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_blockwise_beside_64_bits(traced):
+    """Where JAX's integers have 64 bits, blocks of float32 are the same as elsewhere."""
+    case = Case(Pattern(window=2), 3, 1, 5, 8)
+    qkv, cotangents = case.arrays()[:3], tuple(case.arrays()[3:])
+    mask = jnp.asarray(case.mask) if traced else case.mask
+    wanted = compare.results(xla.attend, qkv, cotangents, mask)
+    with jax.enable_x64(True):
+        jax.tree.map(close, compare.results(xla.attend, qkv, cotangents, mask), wanted)
+        stacked = (jnp.stack([x, x]) for x in qkv[1:])
+        out, _ = jax.jit(xla.attend)(qkv[0], *stacked, mask, layer=1)
+    close(out, wanted["out"])
+
+
 @pytest.mark.parametrize("tokens", [4, 23])
 @pytest.mark.parametrize("slots", [5, 6])
 def test_blocks_of_a_cache(tokens, slots):
