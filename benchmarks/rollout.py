@@ -20,6 +20,7 @@ import ml_collections
 import numpy as np
 
 from cfpp.attention.dispatch import IMPLEMENTATIONS
+from cfpp.errors import exit_on_user_error
 from cfpp.models.network import Network
 from cfpp.rollout.generate import Rollout
 from cfpp.rollout.sampler import consistency
@@ -70,7 +71,7 @@ def stream(size: str, attention: str, first_steps: int) -> dict:
     actions = np.zeros((1, 1), np.int32)  # the model has none
     for _ in range(2):
         player = Player(rollout, params, video(config.model, 0), condition, jax.random.key(2))
-        jax.block_until_ready(player)
+        player.wait()
         times = [time.perf_counter()]
         for _ in range(SIZES[size][1]):
             player.play(actions)  # returns when the frame is there
@@ -130,4 +131,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -10,6 +10,7 @@ the entries' own, is attention over each, merged: with o_p, L_p of part p,
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -32,12 +33,16 @@ class Implementation(NamedTuple):
       platforms: on which it runs: 'cpu', 'gpu', 'tpu'; where none is named, on any.
       interpreted: whether it is a kernel that Pallas's interpreter runs on a CPU: slow, for tests.
       cached: whether it can attend to a cache; where not, 'auto' does that part of the work.
+      dtypes: of queries, that it takes; where none is named, any.
+      head_dim: of the widest heads that it takes; None is any.
     """
 
     function: str
     platforms: tuple[str, ...] = ()
     interpreted: bool = False
     cached: bool = True
+    dtypes: tuple[str, ...] = ()
+    head_dim: int | None = None
 
     def runs_on(self, platform: str) -> bool:
         """Whether it runs there as it is, not by an interpreter."""
@@ -47,13 +52,22 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS = {
     "reference": Implementation("reference:attend"),
     "xla": Implementation("xla:attend"),
-    "pallas_tpu": Implementation("pallas_tpu:attend", ("tpu",), interpreted=True),
-    "pallas_gpu": Implementation("pallas_gpu:attend", ("gpu",), interpreted=True),
+    "pallas_tpu": Implementation(
+        "pallas_tpu:attend", ("tpu",), interpreted=True, dtypes=("bfloat16", "float32")
+    ),
+    "pallas_gpu": Implementation(
+        "pallas_gpu:attend",
+        ("gpu",),
+        interpreted=True,
+        dtypes=("bfloat16", "float16", "float32"),
+        head_dim=128,
+    ),
     "splash": Implementation("library:splash", ("tpu",), interpreted=True, cached=False),
     "cudnn": Implementation("library:cudnn", ("gpu",), cached=False),
     "tokamax": Implementation("library:tokamax", cached=False),
 }
-AUTO = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # elsewhere xla
+AUTO = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # elsewhere, and where these cannot, xla
+OLDEST_GPU = 8  # compute capability of NVIDIA's, that Triton's kernels run on
 
 
 def attend(
@@ -74,16 +88,21 @@ def attend(
 
     Raises:
       UserError: the implementation does not run on this machine.
-      ValueError: the shapes do not fit.
+      ValueError: there is no such implementation, or the arrays do not fit.
     """
+    if name != "auto" and name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention is auto or one of {', '.join(IMPLEMENTATIONS)}, got {name}")
+    for k, v, mask, layer in parts:
+        _check_arrays(q, k, v, plain(mask), layer)
     platform = mesh.platform()
     if len(parts) > 1 and name != "auto" and not IMPLEMENTATIONS[name].cached:
         say_once(f"attention: {name}, and auto where there is a cache, which {name} does not take")
         name = "auto"
+    if name == "auto":
+        name = pick(platform, q.dtype, q.shape[-1])
     implementation = context.per_device(choose(name, platform))
     results = []
     for k, v, mask, layer in parts:
-        _check_shapes(q, k, v, plain(mask), layer)
         if layer is None:
             results.append(implementation(q, k, v, plain(mask)))
         else:
@@ -126,12 +145,32 @@ def _attend_layer_backward(implementation, residuals, cotangents):
 _attend_layer.defvjp(_attend_layer_forward, _attend_layer_backward)
 
 
+def pick(platform: str, dtype, head_dim: int) -> str:
+    """The implementation that 'auto' is, for queries of this kind; says once what it picked."""
+    name, why = AUTO.get(platform, "xla"), ""
+    preferred = IMPLEMENTATIONS[name]
+    if preferred.dtypes and jnp.dtype(dtype).name not in preferred.dtypes:
+        why = f"{name} does not take {jnp.dtype(dtype).name}"
+    elif preferred.head_dim and head_dim > preferred.head_dim:
+        why = f"{name} takes heads of at most {preferred.head_dim}, not {head_dim}"
+    elif platform == "gpu" and (capability := _capability()) < OLDEST_GPU:
+        why = f"{name} needs compute capability {OLDEST_GPU}.0, not {capability}"
+    name = "xla" if why else name
+    say_once(f"attention: auto is {name}, on {platform}" + (f": {why}" if why else ""))
+    return name
+
+
+def _capability() -> float:
+    """The compute capability of this machine's GPU; infinite of a GPU that has none, or no GPU."""
+    try:
+        return float(jax.local_devices()[0].compute_capability)
+    except (AttributeError, ValueError):  # AMD's have names, such as gfx942
+        return math.inf
+
+
 @functools.cache
 def choose(name: str, platform: str) -> Callable:
-    """The function that `config.model.attention` means on a platform; says once what it picked."""
-    if name == "auto":
-        name = AUTO.get(platform, "xla")
-        say_once(f"attention: auto is {name}, on {platform}")
+    """The function of an implementation, on a platform."""
     implementation = IMPLEMENTATIONS[name]
     interpreted = implementation.interpreted and platform == "cpu"
     if not implementation.runs_on(platform) and not interpreted:
@@ -147,16 +186,25 @@ def choose(name: str, platform: str) -> Callable:
     return found
 
 
-def _check_shapes(q, k, v, mask: Mask, layer) -> None:
-    """Raises ValueError if shapes do not fit one another."""
-    if layer is not None:
-        k, v = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (k, v))
+def _check_arrays(q, k, v, mask: Mask, layer) -> None:
+    """Raises ValueError if arrays are not of a kind that can attend, or do not fit one another."""
+    stacked = int(layer is not None)
+    for name, x, rank in (("queries", q, 5), ("keys", k, 5 + stacked), ("values", v, 5 + stacked)):
+        if len(x.shape) != rank:
+            of = " of several layers" if rank > 5 else ""
+            raise ValueError(f"{name}{of} have {rank} dimensions, got {len(x.shape)}: {x.shape}")
+        if 0 in x.shape:
+            raise ValueError(f"attention needs at least one of everything, got {name} of {x.shape}")
+        if not isinstance(x, Quantised) and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"attention takes {name} in floating point, got {x.dtype}")
+    keys_shape, values_shape = k.shape[stacked:], v.shape[stacked:]
     batch, heads, queries, tokens, head_dim = q.shape
-    keys = k.shape[2]
+    keys = keys_shape[2]
     wanted = (batch, heads, keys, tokens, head_dim)
-    if k.shape != wanted or v.shape != wanted:
+    if keys_shape != wanted or values_shape != wanted:
         raise ValueError(
-            f"queries {q.shape} need keys and values of {wanted}, got {k.shape} and {v.shape}"
+            f"queries {q.shape} need keys and values of {wanted}, got {keys_shape} and "
+            f"{values_shape}"
         )
     if mask.shape != (queries, keys):
         raise ValueError(

@@ -314,6 +314,21 @@ def _join(x: Cached) -> Cached:
     return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
+def _check_offsets(x: Quantised) -> None:
+    """Raises ValueError where Pallas would have Triton count in too few bits.
+
+    It counts in 64 bits in arrays of more than 2^32 bytes alone, and else in 32 with a sign: of
+    one byte each, it does not reach numbers that lie between.
+    """
+    count, most, from_here = math.prod(x.shape), 2**31 - 1, 2**32
+    if x.dtype.itemsize == 1 and most < count <= from_here:
+        raise ValueError(
+            f"pallas_gpu takes a quantised cache of at most {most} or more than {from_here} "
+            f"numbers on a device, got {count}: take a smaller batch, attention=xla or a cache "
+            "that is not quantised"
+        )
+
+
 def attend(
     q: jax.Array,
     k: Cached,
@@ -335,8 +350,8 @@ def attend(
         JAX's `InterpretGPUParams`.
 
     Raises:
-      ValueError: heads are wider than the kernels' tiles, the dtypes differ, or Mosaic's kernels
-        do not take such arrays.
+      ValueError: heads are wider than the kernels' tiles, the dtypes differ, Mosaic's kernels do
+        not take such arrays, or Triton would not find all of a quantised cache.
     """
     if q.shape[-1] > HEAD_DIM:
         raise ValueError(f"pallas_gpu takes heads of at most {HEAD_DIM}, got {q.shape[-1]}")
@@ -351,6 +366,7 @@ def attend(
     chosen = backend or ("mosaic" if _is_hopper() and not refusal else "triton")
     if isinstance(k, Quantised):
         chosen = "triton"
+        _check_offsets(k)
     if backend is None:
         say_once(f"attention: pallas_gpu, its kernels for {chosen.title()}")
     plan = _Plan(tokens, Tile.choose(q.dtype, length, tokens), chosen, interpret)

@@ -89,6 +89,16 @@ def _take(x: jax.Array, block: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, block, axis=2, keepdims=False)
 
 
+def _numbers(count: int) -> jax.Array:
+    """0 .. count - 1, int32 whatever JAX's default, as all that counts blocks is."""
+    return jnp.arange(count, dtype=jnp.int32)
+
+
+def _indices(*starts) -> tuple:
+    """Indices of one slice, all int32: JAX takes none that are mixed, as with 64 bits they are."""
+    return tuple(jnp.asarray(start, jnp.int32) for start in starts)
+
+
 class _Table:
     """The schedule of one call: what is visited, where it lies, and what is seen of it.
 
@@ -102,7 +112,7 @@ class _Table:
         blocks = schedule.blocks(schedule.plain(mask), sizes.query_group, sizes.key_group)
         self.count, self.index, self.bits = map(jnp.asarray, blocks)
         self.scale = 1 / np.sqrt(head_dim).astype(np.float32)
-        _, _, *shown = self.place(jnp.arange(self.index.shape[1]))
+        _, _, *shown = self.place(_numbers(self.index.shape[1]))
         seen = self.bits == 2**sizes.key_group - 1
         seen = seen.reshape(-1, sizes.query_group, seen.shape[1]).all(1)
         self.whole = seen & (shown[0] == 0) & (shown[1] == 0)  # [query blocks, key blocks]
@@ -122,8 +132,8 @@ class _Table:
         def cut(x, start, size):
             start, size = (0, 0, frame, *start), (*x.shape[-5:-3], self.sizes.key_group, *size)
             if layer is None:
-                return jax.lax.dynamic_slice(x, start, size)
-            return jax.lax.dynamic_slice(x, (layer, *start), (1, *size))[0]
+                return jax.lax.dynamic_slice(x, _indices(*start), size)
+            return jax.lax.dynamic_slice(x, _indices(layer, *start), (1, *size))[0]
 
         def values(x):
             out = cut(x, (token, 0), (self.sizes.tokens, x.shape[-1]))
@@ -139,7 +149,8 @@ class _Table:
         frame, token, _, _ = self.place(j)
         block = self.take(total, j) + block
         shape = *total.shape[:2], self.sizes.key_group, self.sizes.tokens, total.shape[-1]
-        return jax.lax.dynamic_update_slice(total, block.reshape(shape), (0, 0, frame, token, 0))
+        start = _indices(0, 0, frame, token, 0)
+        return jax.lax.dynamic_update_slice(total, block.reshape(shape), start)
 
     def scores(self, q, k):
         """Scores of a block of queries and one of keys, not scaled, `[B, N, q, k]`."""
@@ -153,8 +164,8 @@ class _Table:
         """
         _, _, shown_frames, shown_tokens = self.place(j)
         rows, columns, tokens = self.sizes.query_group, self.sizes.key_group, self.sizes.tokens
-        bits = jax.lax.dynamic_slice(self.bits, (i * rows, j), (rows, 1)) << shown_frames
-        visible = (bits >> np.arange(columns)) & 1 == 1  # [query_group, key_group]
+        bits = jax.lax.dynamic_slice(self.bits, _indices(i * rows, j), (rows, 1)) << shown_frames
+        visible = (bits >> np.arange(columns, dtype=np.int32)) & 1 == 1  # [query_group, key_group]
         visible = visible[:, None, :, None] & (np.arange(tokens) >= shown_tokens)
 
         def part(s):
@@ -192,7 +203,7 @@ def _forward(q, k, v, mask, layer, sizes):
             )
             return new, total * fade + p.sum(-1), out * fade[..., None] + gained
 
-        empty = jnp.full(q_i.shape[:-1], NOTHING)
+        empty = jnp.full(q_i.shape[:-1], NOTHING, jnp.float32)
         zeros = jnp.zeros(q_i.shape, jnp.float32)
         carry = empty, zeros[..., 0], zeros
         largest, total, out = jax.lax.fori_loop(0, table.count[i], visit, carry)
@@ -201,7 +212,7 @@ def _forward(q, k, v, mask, layer, sizes):
         out = jnp.where(seen[..., None], out / total[..., None], 0).astype(q.dtype)
         return out, jnp.where(seen, largest * table.scale + jnp.log(total), NOTHING)
 
-    out, logsumexp = jax.lax.map(attend_block, jnp.arange(q_blocks.shape[2]))
+    out, logsumexp = jax.lax.map(attend_block, _numbers(q_blocks.shape[2]))
     return tuple(_join(jnp.moveaxis(x, 0, 2), q, sizes) for x in (out, logsumexp))
 
 
@@ -249,7 +260,7 @@ def _attend_backward(sizes, residuals, cotangents):
         return tuple(gradients), dq_i
 
     zeros = jnp.zeros(k.shape, jnp.float32)
-    (dk, dv), dq = jax.lax.scan(descend_block, (zeros, zeros), jnp.arange(rows[0].shape[2]))
+    (dk, dv), dq = jax.lax.scan(descend_block, (zeros, zeros), _numbers(rows[0].shape[2]))
     dq = _join(jnp.moveaxis(dq, 0, 2), q, sizes)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 

@@ -1,6 +1,8 @@
 """The implementations of attention against the dense reference, and the dispatch between them."""
 
 import dataclasses
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +74,20 @@ def test_blockwise_equals_dense(case, blocks, known_when_traced):
             ours = jax.jit(lambda m, *a: run(xla.attend, m, *a))(case.mask, *arrays)
     theirs = jax.jit(lambda *a: run(reference.attend, case.mask, *a))(*arrays)
     jax.tree.map(close, ours, theirs)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_blockwise_beside_64_bits(traced):
+    """Where JAX's integers have 64 bits, blocks of float32 are the same as elsewhere."""
+    case = Case(Pattern(window=2), 3, 1, 5, 8)
+    qkv, cotangents = case.arrays()[:3], tuple(case.arrays()[3:])
+    mask = jnp.asarray(case.mask) if traced else case.mask
+    wanted = compare.results(xla.attend, qkv, cotangents, mask)
+    with jax.enable_x64(True):
+        jax.tree.map(close, compare.results(xla.attend, qkv, cotangents, mask), wanted)
+        stacked = (jnp.stack([x, x]) for x in qkv[1:])
+        out, _ = jax.jit(xla.attend)(qkv[0], *stacked, mask, layer=1)
+    close(out, wanted["out"])
 
 
 @pytest.mark.parametrize("tokens", [4, 23])
@@ -163,6 +179,42 @@ def test_misfits():
 
 
 @pytest.mark.parametrize(
+    ("q", "k", "layer", "message"),
+    [
+        ((2, 3, 4, 8), (2, 3, 4, 8), None, r"queries have 5 dimensions, got 4: \(2, 3, 4, 8\)"),
+        ((1, 2, 3, 4, 8), (2, 3, 4, 8), None, r"keys have 5 dimensions, got 4: \(2, 3, 4, 8\)"),
+        ((1, 2, 3, 4, 8), (1, 2, 3, 4, 8), 0, "keys of several layers have 6 dimensions, got 5"),
+        ((1, 2, 3, 4, 8), (1, 1, 2, 3, 4, 8), None, "keys have 5 dimensions, got 6"),
+        ((0, 2, 3, 4, 8), (0, 2, 3, 4, 8), None, r"got queries of \(0, 2, 3, 4, 8\)"),
+        ((1, 2, 3, 0, 8), (1, 2, 3, 0, 8), None, r"got queries of \(1, 2, 3, 0, 8\)"),
+        ((1, 2, 3, 4, 8), (1, 2, 0, 4, 8), None, r"got keys of \(1, 2, 0, 4, 8\)"),
+        ((1, 2, 3, 4, 8), (0, 1, 2, 3, 4, 8), 0, r"got keys of \(0, 1, 2, 3, 4, 8\)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["auto", "reference", "pallas_gpu"])
+def test_arrays_that_cannot_attend(q, k, layer, message, name):
+    q, k = jnp.zeros(q), jnp.zeros(k)
+    mask = schedule.keep_static(np.ones((q.shape[-3], k.shape[-3]), bool))
+    with pytest.raises(ValueError, match=message) as error:
+        dispatch.attend(name, q, [(k, k, mask, layer)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_integers_do_not_attend(which):
+    qkv = [jnp.ones((1, 1, 1, 2, 4), "int8" if i == which else "float32") for i in range(3)]
+    name = ("queries", "keys", "values")[which]
+    with pytest.raises(ValueError, match=f"takes {name} in floating point, got int8"):
+        dispatch.attend("xla", qkv[0], [(*qkv[1:], np.ones((1, 1), bool), None)])
+
+
+def test_an_implementation_that_there_is_not():
+    q = jnp.ones((1, 1, 1, 2, 4))
+    with pytest.raises(ValueError, match=r"auto or one of reference, .*tokamax, got flash"):
+        dispatch.attend("flash", q, [(q, q, np.ones((1, 1), bool), None)])
+
+
+@pytest.mark.parametrize(
     ("name", "platform"), [("cudnn", "cpu"), ("pallas_tpu", "gpu"), ("splash", "gpu")]
 )
 def test_an_implementation_that_the_device_lacks(name, platform):
@@ -177,10 +229,10 @@ def test_kernels_run_on_a_cpu_by_the_interpreter():
         close(out, q)
 
 
-@pytest.mark.parametrize("name", ["auto", "reference", "xla"])
-def test_other_devices_get_plain_jax(name):
-    plain = reference if name == "reference" else xla
-    assert dispatch.choose(name, "METAL") is plain.attend
+def test_other_devices_get_plain_jax():
+    assert dispatch.choose("reference", "METAL") is reference.attend
+    assert dispatch.choose("xla", "METAL") is xla.attend
+    assert dispatch.pick("METAL", "float32", 64) == "xla"
 
 
 @pytest.fixture
@@ -197,8 +249,63 @@ def test_auto_says_once_what_it_picked(told):
         dispatch.attend("auto", q, [(q, q, schedule.keep_static(np.eye(2, dtype=bool)), None)])
     assert told() == "attention: auto is xla, on cpu\n"
     for _ in range(2):
-        dispatch.choose("auto", "gpu")
+        dispatch.pick("gpu", "bfloat16", 128)
     assert told() == "attention: auto is pallas_gpu, on gpu\n"
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype", "head_dim", "line"),
+    [
+        ("gpu", "8.0", "float16", 128, "pallas_gpu, on gpu"),
+        ("gpu", "gfx942", "float32", 64, "pallas_gpu, on gpu"),
+        ("gpu", None, "bfloat16", 64, "pallas_gpu, on gpu"),
+        (
+            "gpu",
+            "9.0",
+            "bfloat16",
+            192,
+            "xla, on gpu: pallas_gpu takes heads of at most 128, not 192",
+        ),
+        ("gpu", "9.0", "float64", 64, "xla, on gpu: pallas_gpu does not take float64"),
+        (
+            "gpu",
+            "7.5",
+            "float16",
+            64,
+            "xla, on gpu: pallas_gpu needs compute capability 8.0, not 7.5",
+        ),
+        ("tpu", None, "bfloat16", 256, "pallas_tpu, on tpu"),
+        ("tpu", None, "float16", 64, "xla, on tpu: pallas_tpu does not take float16"),
+    ],
+)
+def test_auto_takes_what_the_kernels_cannot(
+    told, monkeypatch, platform, capability, dtype, head_dim, line
+):
+    device = types.SimpleNamespace()
+    if capability is not None:
+        device.compute_capability = capability
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    name = line.split(",")[0]
+    for _ in range(2):
+        assert dispatch.pick(platform, dtype, head_dim) == name
+    assert told() == f"attention: auto is {line}\n"
+
+
+@pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu"])
+def test_kernels_take_what_auto_leaves_to_them(name):
+    """And no dtype or head besides, or auto would be wrong in leaving it to xla."""
+    implementation = dispatch.IMPLEMENTATIONS[name]
+    attend = functools.partial(dispatch.choose(name, "cpu"), mask=np.ones((1, 1), bool))
+    head_dim = implementation.head_dim or 256
+    for dtype in implementation.dtypes:
+        x = jax.ShapeDtypeStruct((1, 1, 1, 128, head_dim), dtype)
+        jax.eval_shape(attend, x, x, x)
+    if implementation.head_dim:
+        assert head_dim == pallas_gpu.HEAD_DIM
+    if "float16" not in implementation.dtypes:
+        x = jax.ShapeDtypeStruct((1, 1, 1, 128, 64), "float16")
+        with pytest.raises(ValueError, match="float16"):
+            jax.eval_shape(attend, x, x, x)
 
 
 @pytest.mark.parametrize(("hopper", "kernels"), [(True, "Mosaic"), (False, "Triton")])

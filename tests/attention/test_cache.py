@@ -110,6 +110,21 @@ def test_frames_that_do_not_fit(sink, frames):
         cache.write(jnp.arange(frames), new, new)
 
 
+@pytest.mark.parametrize(("layers", "fits"), [(31, True), (32, False), (64, False), (65, True)])
+def test_a_cache_that_triton_would_not_find_all_of(layers, fits):
+    """Pallas gives Triton 32-bit offsets into up to 2^32 bytes: only shapes are traced."""
+    query = jax.ShapeDtypeStruct((1, 16, 1, 2**11, 128), jnp.bfloat16)
+    held = jax.eval_shape(lambda: Cache.empty((layers, 1, 16, 16, 2**11, 128), "int8").key)
+    mask = jax.ShapeDtypeStruct((1, 16), bool)
+    run = lambda: jax.eval_shape(pallas_gpu.attend, query, held, held, mask, jnp.int32(0))
+    if fits:
+        assert run()[0].shape == query.shape
+        return
+    count = layers * 2**26
+    with pytest.raises(ValueError, match=f"at most 2147483647 or more than 4294967296.*{count}"):
+        run()
+
+
 def test_no_gradient_through_a_quantised_cache():
     q = jnp.ones((1, 1, 1, 2, 4))
     held = Quantised.of(q[None], "int8")
