@@ -78,6 +78,8 @@ def test_empty_slots_are_never_seen():
         ),
         ({"window": 2, "sink": 2}, "window of 2 frames cannot hold a sink of 2"),
         ({"chunk": None, "window": 4}, "bidirectional pattern has no window, got 4"),
+        ({"chunk": None, "first_chunk": 2}, "bidirectional pattern has no first chunk, got 2"),
+        ({"chunk": None, "sink": 3}, "bidirectional pattern has no sink, got 3"),
     ],
 )
 def test_patterns_that_cannot_be(fields, message):

@@ -8,8 +8,9 @@ It may hold keys and values in 8 bits, each token of a head with a scale of its 
     float8_e4m3fn    largest = 448, error <= max(2^-4 |x|, 2^-10 scale)
 
 Attention works with the values as they are, and multiplies the scores by the keys' scales and the
-weights by the values' scales: no cache is ever written out in a wider dtype. What the rounding does
-to attention follows. If no score is off by more than `e` and no value by more than `d`,
+weights by the values' scales: no implementation but `reference` writes a cache out in a wider
+dtype. What the rounding does to attention follows. If no score is off by more than `e` and no value
+by more than `d`,
 
     |logsumexp' - logsumexp| <= e,    |out' - out| <= tanh(e / 2) (max v' - min v') + d,
 

@@ -26,11 +26,10 @@ from jax.experimental.pallas import triton
 from cfpp.attention import pallas_hopper
 from cfpp.attention.cache import Cached, Quantised, factors
 from cfpp.attention.notice import say_once
-from cfpp.attention.reference import NOTHING
+from cfpp.attention.reference import LOG2_E, NOTHING
 from cfpp.attention.schedule import RESIDUAL, Mask, keep_static, plain
 from cfpp.attention.visits import Visits, visits
 
-LOG2E = math.log2(math.e)
 HEAD_DIM = 128  # the widest head whose tiles fit
 WARPS = 8
 
@@ -128,7 +127,7 @@ def _forward_kernel(
     i, tables = pl.program_id(0), Visits(index, whole, seen, bits)
     layer = layer[0]
     q = query.load(q, i, False)
-    scale = LOG2E / math.sqrt(query.head_dim)  # exp2 is what the hardware has
+    scale = LOG2_E / math.sqrt(query.head_dim)  # exp2 is what the hardware has
 
     def body(j, carry, whole):
         acc, top, total = carry
@@ -150,7 +149,7 @@ def _forward_kernel(
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
     query.store(out, i, acc / total[:, None])
-    query.store(logsumexp, i, jnp.where(empty, NOTHING, top / LOG2E + jnp.log(total)))
+    query.store(logsumexp, i, jnp.where(empty, NOTHING, top / LOG2_E + jnp.log(total)))
 
 
 def _backward_query_kernel(
@@ -163,8 +162,8 @@ def _backward_query_kernel(
 
     def body(j, dq, whole):
         keys, values = key.load(k, j, whole), key.load(v, j, whole)
-        scores = _dot(q, keys, (1, 1)) * (scale * LOG2E)
-        weights = jnp.exp2(scores - (logsumexp * LOG2E)[:, None])
+        scores = _dot(q, keys, (1, 1)) * (scale * LOG2_E)
+        weights = jnp.exp2(scores - (logsumexp * LOG2_E)[:, None])
         if not whole:
             weights = jnp.where(_visible(tables, query, i, key, j), weights, 0.0)
         d_scores = weights * (_dot(d_out, values, (1, 1)) - delta[:, None])
@@ -188,8 +187,8 @@ def _backward_key_kernel(
             query.load(x, i, whole) for x in (q, d_out, logsumexp, delta)
         )
         # Transposed, [keys, queries], so that the products with dO and q need no transposition.
-        scores = _dot(k, queries, (1, 1)) * (scale * LOG2E)
-        weights = jnp.exp2(scores - (norms * LOG2E)[None])
+        scores = _dot(k, queries, (1, 1)) * (scale * LOG2_E)
+        weights = jnp.exp2(scores - (norms * LOG2_E)[None])
         if not whole:
             weights = jnp.where(_visible(tables, key, j, query, i), weights, 0.0)
         dv += _dot(weights.astype(d_outs.dtype), d_outs, (1, 0))

@@ -19,14 +19,13 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mosaic
 
-from cfpp.attention.reference import NOTHING
+from cfpp.attention.reference import LOG2_E, NOTHING
 from cfpp.attention.schedule import Mask
 from cfpp.attention.visits import Visits, visits
 
 ROWS = 64  # of a warpgroup
 GROUPS = 2  # that multiply
 LARGEST_BLOCK = 128  # tokens
-LOG2E = math.log2(math.e)
 
 
 class _Plan(NamedTuple):
@@ -278,7 +277,7 @@ def _call(plan: _Plan, body, mask: Mask, layer, rows, columns, outputs):
 def _forward(plan: _Plan, own, visit, turns: _Turns):
     q, _ = own
     width = q.shape[1]
-    scale = LOG2E / math.sqrt(width)
+    scale = LOG2_E / math.sqrt(width)
 
     def step(carry, show, key, value):
         acc, top, total = carry
@@ -309,7 +308,7 @@ def _forward(plan: _Plan, own, visit, turns: _Turns):
     pl.when(group == 0)(turns.change)
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
-    logsumexp = jnp.where(empty, NOTHING, top / LOG2E + jnp.log(total))
+    logsumexp = jnp.where(empty, NOTHING, top / LOG2_E + jnp.log(total))
     return acc / _wide(total, acc.shape), logsumexp
 
 
@@ -322,7 +321,7 @@ def _backward_query(plan: _Plan, own, visit, turns: _Turns):
         k, v = block.wait()
         scores, d_weights = _multiply(plan, (q, k, True, None), (d_out, v, True, None))
         shape = scores.shape
-        weights = show(jnp.exp2(scores * (scale * LOG2E) - _wide(norms, shape)), 0.0)
+        weights = show(jnp.exp2(scores * (scale * LOG2_E) - _wide(norms, shape)), 0.0)
         d_scores = weights * (d_weights - _wide(deltas, shape))
         [dq] = _multiply(plan, (d_scores.astype(q.dtype), k, False, dq))
         block.free()
@@ -341,7 +340,7 @@ def _backward_key(plan: _Plan, own, visit, turns: _Turns):
         # Transposed, [keys, queries], so that the products with dO and q need no transposition.
         [scores] = _multiply(plan, (k, q, True, None))
         shape = scores.shape
-        weights = jnp.exp2(scores * (scale * LOG2E) - _wide(norms[...], shape, 1))
+        weights = jnp.exp2(scores * (scale * LOG2_E) - _wide(norms[...], shape, 1))
         weights = show(weights, 0.0)
         dv, d_weights = _multiply(
             plan, (weights.astype(k.dtype), d_out, False, dv), (v, d_out, True, None)
@@ -399,7 +398,7 @@ def backward(q, k, v, logsumexp, delta, d_out, mask: Mask, tokens: int, interpre
       mask, tokens, interpret: as for `forward`.
     """
     layer = np.zeros(1, np.int32)
-    norms = logsumexp * LOG2E
+    norms = logsumexp * LOG2_E
     plan = _Plan(tokens, columns=LARGEST_BLOCK, slots=2, interpret=interpret)
     rows, columns = (q, d_out, norms, delta), ((k, v),)
     [dq] = _call(plan, _backward_query, mask, layer, rows, columns, (q,))

@@ -32,7 +32,8 @@ class Pattern:
       sink: the first frames of the clip, which stay visible when the window has moved on.
 
     Raises:
-      ValueError: a size is out of range, or the window cannot hold the sink and a chunk.
+      ValueError: a size is out of range, the window cannot hold the sink and a chunk, or a
+        bidirectional pattern has sizes besides.
     """
 
     chunk: int | None = 1
@@ -47,10 +48,15 @@ class Pattern:
             raise ValueError(f"the first chunk has at least 1 frame, got {self.first_chunk}")
         if self.sink < 0:
             raise ValueError(f"a sink has at least 0 frames, got {self.sink}")
+        if self.chunk is None:
+            fields = {
+                "first chunk": self.first_chunk, "window": self.window, "sink": self.sink or None,
+            }  # fmt: skip
+            for name, size in fields.items():
+                if size is not None:
+                    raise ValueError(f"a bidirectional pattern has no {name}, got {size}")
         if self.window is None:
             return
-        if self.chunk is None:
-            raise ValueError(f"a bidirectional pattern has no window, got {self.window}")
         largest = max(self.chunk, self.first_chunk or 0)
         if self.window < self.sink + largest:
             raise ValueError(

@@ -1,5 +1,7 @@
 """Attention by the dense mask: the definition that faster implementations are tested against."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from cfpp.attention.cache import Cached, Quantised
 from cfpp.attention.schedule import Mask
 
 NOTHING = -1e30  # the logsumexp of a query that sees nothing
+LOG2_E = math.log2(math.e)  # for kernels, whose hardware's exponential is 2^x
 
 
 def attend(
