@@ -130,10 +130,12 @@ def optimizer(
     """
     final_rate, adam_rate = config.get("final_rate", 0.0), config.get("adam_rate", config.rate)
     rates = {
-        "constant": lambda peak: optax.schedules.warmup_constant_schedule(
-            0.0 if config.warmup else peak,  # without a warmup it stays there for ever
-            peak,
-            config.warmup,
+        "constant": lambda peak: optax.schedules.join_schedules(
+            [
+                optax.schedules.linear_schedule(0.0, peak, config.warmup),
+                optax.schedules.constant_schedule(peak),
+            ],
+            [config.warmup],  # `warmup_constant_schedule` stays at 0 for ever without a warmup
         ),
         "cosine": lambda peak: optax.schedules.warmup_cosine_decay_schedule(
             0.0, peak, config.warmup, max(steps, config.warmup + 1), final_rate * peak
