@@ -110,7 +110,7 @@ from unittest import mock
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from cfpp.models.network import Network
-from cfpp.train import checkpoint, jobs, program
+from cfpp.train import checkpoint, loop, program
 from tests import tiny
 from tests.test_stages import tiny_config
 
@@ -149,15 +149,13 @@ def spied(*arguments):
     return programs._replace(init=init)
 
 with (
-    mock.patch.multiple(loop, check_parents=mock.DEFAULT),
-    mock.patch.multiple("cfpp.data.sources", check=mock.DEFAULT, prepare=mock.DEFAULT),
     mock.patch("cfpp.data.pipeline.train_batches"),
     mock.patch.object(program, "create", spied),
     mock.patch.object(checkpoint, "model_shapes", shapes),
     mock.patch.object(checkpoint, "load_model", load),
 ):
     try:
-        jobs.run(config, sys.argv[1])
+        loop.train(config, sys.argv[1])
     except Arrived:
         print("equal")
 """

@@ -135,7 +135,7 @@ def test_a_half_written_checkpoint_does_not_count(workdir, caplog):
 def test_a_checkpoint_of_another_model_is_refused(workdir):
     changed = (workdir / "config.json").read_text().replace('"dim": 64', '"dim": 16')
     (workdir / "config.json").write_text(changed)
-    with pytest.raises(UserError) as error:
+    with mock.patch.object(fake, "DIM", [16]), pytest.raises(UserError) as error:
         jobs.run(fake.config(model={"dim": 16}, steps=13), workdir)
     assert "parameter bias is float32[64] there and float32[16] in this" in str(error.value)
     assert str(workdir / "checkpoints" / "12") in str(error.value)
