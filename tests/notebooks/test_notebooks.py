@@ -10,7 +10,7 @@ import nbclient
 import nbformat
 import pytest
 
-from cfpp import main
+from cfpp.train import jobs
 from configs import quickstart
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -59,7 +59,7 @@ def check_quickstart(workdir):
         assert (report / "videos" / f"{row['key']}.mp4").stat().st_size > 0
         assert all(math.isfinite(figure["mean"]) for figure in row["figures"].values())
     written = (report / "index.html").stat().st_mtime
-    main.run(config.lock(), str(workdir))
+    jobs.run(config.lock(), str(workdir))
     assert (report / "index.html").stat().st_mtime == written
 
 
