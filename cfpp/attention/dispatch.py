@@ -10,7 +10,6 @@ the entries' own, is attention over each, merged: with o_p, L_p of part p,
 
 import functools
 import importlib
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -153,19 +152,11 @@ def pick(platform: str, dtype, head_dim: int) -> str:
         why = f"{name} does not take {jnp.dtype(dtype).name}"
     elif preferred.head_dim and head_dim > preferred.head_dim:
         why = f"{name} takes heads of at most {preferred.head_dim}, not {head_dim}"
-    elif platform == "gpu" and (capability := _capability()) < OLDEST_GPU:
+    elif platform == "gpu" and (capability := mesh.compute_capability()) < OLDEST_GPU:
         why = f"{name} needs compute capability {OLDEST_GPU}.0, not {capability}"
     name = "xla" if why else name
     say_once(f"attention: auto is {name}, on {platform}" + (f": {why}" if why else ""))
     return name
-
-
-def _capability() -> float:
-    """The compute capability of this machine's GPU; infinite of a GPU that has none, or no GPU."""
-    try:
-        return float(jax.local_devices()[0].compute_capability)
-    except (AttributeError, ValueError):  # AMD's have names, such as gfx942
-        return math.inf
 
 
 @functools.cache

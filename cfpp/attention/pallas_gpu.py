@@ -29,6 +29,7 @@ from cfpp.attention.notice import say_once
 from cfpp.attention.reference import LOG2_E, NOTHING
 from cfpp.attention.schedule import RESIDUAL, Mask, keep_static, plain
 from cfpp.attention.visits import Visits, visits
+from cfpp.parallel import mesh
 
 HEAD_DIM = 128  # the widest head whose tiles fit
 WARPS = 8
@@ -303,7 +304,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _is_hopper() -> bool:
-    return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+    return mesh.compute_capability() == 9.0
 
 
 def _join(x: Cached) -> Cached:

@@ -164,6 +164,14 @@ def platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
+def compute_capability() -> float:
+    """The compute capability of this machine's GPU; infinite of one that has none, or no GPU."""
+    try:
+        return float(jax.local_devices()[0].compute_capability)
+    except (AttributeError, ValueError):  # AMD's have names, such as gfx942
+        return math.inf
+
+
 def used(shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
     """The layout, by `USED`, of an array whose axes have these logical names."""
     return _spec(names, USED, shape, ambient().shape)
