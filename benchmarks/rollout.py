@@ -123,11 +123,13 @@ def main() -> None:
     options = parser.parse_args()
 
     results = measuring.machine() | {"size": options.size, "attention": options.attention}
-    results["training_step"] = training_step(options.size, options.attention)
-    print("training step:", measuring.rounded(results["training_step"]))
-    results["stream"] = stream(options.size, options.attention, options.first_steps)
-    print("stream:", measuring.rounded(results["stream"]))
-    measuring.write(f"rollout_{options.size}_{platform}", results)
+    for part, measure in {
+        "training_step": lambda: training_step(options.size, options.attention),
+        "stream": lambda: stream(options.size, options.attention, options.first_steps),
+    }.items():
+        results[part] = measure()
+        print(f"{part}:", measuring.rounded(results[part]))
+        measuring.write(f"rollout_{options.size}_{platform}", results)
 
 
 if __name__ == "__main__":

@@ -264,6 +264,12 @@ def test_a_configuration_without_what_is_needed_is_told(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match="it has no field steps"):
         evaluation_command.main([f"--workdir={tmp_path}"])
+    model = MODEL["model"] | {"layers": 1}
+    fields = {"stage": "bidirectional", "data": {"directory": "", "name": "arena"}, "init_from": {}}
+    fields |= {"steps": 1, "batch_size": 1, "pattern": {}, "shift": 1.0, "model": model}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"it has no field data\.frames"):
+        evaluation_command.main([f"--workdir={tmp_path}"])
 
 
 def test_a_job_of_several_stages_refuses_another_config(job, tmp_path):

@@ -286,9 +286,9 @@ def find_model(path: epath.PathLike) -> tuple[epath.Path, ml_collections.ConfigD
 
 def needed(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     """The fields that a stage's stored configuration must have for a rollout of its model."""
-    # In a student, guidance is distilled, and a bidirectional model is sampled without.
-    guidance = ("guidance",) if config.stage == "ar_diffusion" else ()
-    return (*FIELDS, "pattern", "shift", *guidance, "data.name")
+    # In a student, guidance is distilled; a bidirectional model is sampled without, in clips.
+    own = {"ar_diffusion": ("guidance",), "bidirectional": ("data.frames",)}
+    return (*FIELDS, "pattern", "shift", "data.name", *own.get(config.stage, ()))
 
 
 class Stored(NamedTuple):
