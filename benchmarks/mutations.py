@@ -227,7 +227,7 @@ MUTATIONS = (
     ),
     Mutation(
         "terminal_pair", "the last pair of the grid is never drawn", "cfpp/stages/consistency.py",
-        "0, config.grid_steps)", "0, config.grid_steps - 1)", (f"{WIRING}consistency",),
+        "shape, 0, size)", "shape, 0, size - 1)", (f"{WIRING}consistency",),
     ),
     Mutation(
         "target_by_student", "the target comes from the teacher instead of the average",

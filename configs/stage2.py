@@ -13,7 +13,7 @@ def get_config(arg: str = ""):
     config.steps = 320
     config.optimizer = common.muon(0.005, 5e-4)
     config.draws = 1  # noisy draws that share a clean pass
-    config.grid_steps = 12  # N of the solver grid
+    config.grid_steps = config.first_grid_steps = 12  # N of the solver grid, which may double
     config.update(common.schedule(options))  # the grid has its shift too
     config.solver = "euler"  # or 'heun'
     config.distance = "mse"  # or 'pseudo_huber'
@@ -21,11 +21,12 @@ def get_config(arg: str = ""):
     config.init_from.teacher = "runs/stage1"
     if options.world == "arena":
         config.batch_size, config.ema.decay = 4, 0.95
-        config.grid_steps = 8  # a finer one takes longer to learn (docs/experiments.md)
+        # What a coarse grid learns soon, a finer one refines (docs/experiments.md).
+        config.first_grid_steps, config.grid_steps = 4, 8
     if options.world == "wan_1_3b":
         config.steps = 5000
         config.optimizer = common.wan_optimizer()
-        config.grid_steps = 48
+        config.grid_steps = config.first_grid_steps = 48
         config.guidance = 3.0
         config.ema.decay = 0.99
     return config

@@ -101,6 +101,8 @@ def test_contract(variant):
         ("bidirectional", {"data.frames": 1}, "data.frames is 1; with a given_rate above 0"),
         ("consistency", {"solver": "rk4"}, "solver must be one of euler, heun, got 'rk4'"),
         ("consistency", {"distance": "l3"}, "distance must be one of mse, pseudo_huber"),
+        ("consistency", {"first_grid_steps": 3}, "grid_steps is 8; it must be first_grid_steps, 3"),
+        ("consistency", {"first_grid_steps": 9}, "grid_steps is 8; it must be first_grid_steps, 9"),
         ("consistency", {"positions": (500.0, 1000.0)}, "sampling positions must fall, from 1000"),
         ("ode", {"positions": (1000.0, 333.0)}, "do not all lie on the grid of 12 steps"),
         ("dmd", {"real_score": "none"}, "real_score must be one of bidirectional, causal"),

@@ -130,6 +130,16 @@ def test_consistency(labelled, monkeypatch):
     check_levels(np.reshape(index, (64, 2, 7)))
 
 
+@pytest.mark.parametrize(("step", "size"), [(0, 2), (32, 2), (33, 4), (66, 4), (67, 8), (101, 8)])
+def test_consistency_doubles_its_grid(labelled, monkeypatch, step, size):
+    config, stage, state, clips = states("consistency", steps=101, first_grid_steps=2, grid_steps=8)
+    calls = record(monkeypatch, consistency, "loss", lambda s, e, t, x0, *_: no_loss(x0))
+    stage.step(state.replace(step=jnp.int32(step)), clips, jax.random.key(0))
+    index, grid = calls[0][5:7]
+    np.testing.assert_array_equal(grid[: size + 1], flow.grid(size, config.shift))
+    assert np.unique(index).tolist() == list(range(size))
+
+
 def check_levels(level):
     """`[B, draws, F]`: one a chunk of each draw, chunks of 1, 3 and 3 frames."""
     np.testing.assert_array_equal(level[:, :, 1:4], level[:, :, 1:2].repeat(3, 2))

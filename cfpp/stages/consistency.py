@@ -8,7 +8,8 @@ sigma = sigma_k and sigma' = sigma_{k+1}, all networks teacher-forced on the cle
     (3) L          = d(f_theta(x_sigma, sigma), stopgrad f_ema(x_sigma', sigma'))
 
 d is the squared error or the pseudo-Huber distance. At sigma' = 0, f is the identity: the last pair
-ties the map to the teacher's own endpoint, so it is drawn like every other.
+ties the map to the teacher's own endpoint, so it is drawn like every other. What it says comes down
+to sigma_0 level by level: N may start small, and double (Song and Dhariwal 2023, section 3.4).
 """
 
 import jax
@@ -66,6 +67,23 @@ def target(
     return jax.lax.stop_gradient(flow.to_x0(x_next, ema(x_next, sigma_next), sigma_next))
 
 
+def doublings(first: int, last: int) -> list[int]:
+    """N of the grids that a training goes through: `first`, twice that, ..., `last`.
+
+    Raises:
+      ValueError: `last` is not `first` doubled some times.
+    """
+    sizes = [first]
+    while sizes[-1] < last:
+        sizes.append(2 * sizes[-1])
+    if sizes[-1] != last:
+        raise ValueError(
+            f"grid_steps is {last}; it must be first_grid_steps, {first}, or that doubled, perhaps "
+            "several times"
+        )
+    return sizes
+
+
 def loss(
     student: flow.Velocity,
     ema: flow.Velocity,
@@ -107,7 +125,9 @@ def build(config) -> Stage:
     check_choice("frozen_dtype", config.frozen_dtype, FLOATS)
     network = Network.create(config.model, config.pattern)
     transform = optimizer(config.optimizer, config.steps)
-    grid = jnp.asarray(flow.grid(config.grid_steps, config.shift))
+    sizes = doublings(config.first_grid_steps, config.grid_steps)
+    grids = [np.pad(flow.grid(n, config.shift), (0, sizes[-1] - n)) for n in sizes]
+    ends = config.steps * np.arange(1, len(sizes)) // len(sizes)  # of all but the last
     student_sampler(config)  # refuses bad positions now, and not at the first sample
 
     def init(rng, parents):
@@ -119,8 +139,10 @@ def build(config) -> Stage:
         noise_rng, index_rng = jax.random.split(rng)
         x0 = repeat_draws(clean, config.draws)
         noise = jax.random.normal(noise_rng, x0.shape)
+        past = jnp.sum(state.step >= ends, dtype=jnp.int32)
+        size, grid = jnp.asarray(sizes)[past], jnp.asarray(grids)[past]
         index = per_chunk(
-            lambda shape: jax.random.randint(index_rng, shape, 0, config.grid_steps),
+            lambda shape: jax.random.randint(index_rng, shape, 0, size),
             network.pattern,
             (len(clean), config.draws, clean.shape[1]),
         )

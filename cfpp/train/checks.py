@@ -46,6 +46,7 @@ RANGES = {
     "drop_rate": (0.0, 1.0),
     "given_rate": (0.0, 1.0),
     "grid_steps": (1, 1000),
+    "first_grid_steps": (1, 1000),
     "guidance": (0.0, 100.0),
     "ema.decay": (0.0, BELOW_1),
     "ema.start": (0, MOST),
