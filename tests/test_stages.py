@@ -102,6 +102,7 @@ def test_contract(variant):
         ("consistency", {"solver": "rk4"}, "solver must be one of euler, heun, got 'rk4'"),
         ("consistency", {"distance": "l3"}, "distance must be one of mse, pseudo_huber"),
         ("consistency", {"first_grid_steps": 3}, "grid_steps is 8; it must be first_grid_steps, 3"),
+        ("consistency", {"first_grid_steps": 0}, "grid_steps is 8; it must be first_grid_steps, 0"),
         ("consistency", {"first_grid_steps": 9}, "grid_steps is 8; it must be first_grid_steps, 9"),
         ("consistency", {"positions": (500.0, 1000.0)}, "sampling positions must fall, from 1000"),
         ("ode", {"positions": (1000.0, 333.0)}, "do not all lie on the grid of 12 steps"),

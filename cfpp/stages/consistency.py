@@ -74,7 +74,7 @@ def doublings(first: int, last: int) -> list[int]:
       ValueError: `last` is not `first` doubled some times.
     """
     sizes = [first]
-    while sizes[-1] < last:
+    while 0 < sizes[-1] < last:
         sizes.append(2 * sizes[-1])
     if sizes[-1] != last:
         raise ValueError(
