@@ -22,7 +22,7 @@ def get_config(arg: str = ""):
     if options.world == "arena":
         config.batch_size, config.ema.decay = 4, 0.95
         # What a coarse grid learns soon, a finer one refines (docs/experiments.md).
-        config.first_grid_steps, config.grid_steps = 4, 8
+        config.first_grid_steps, config.grid_steps = 2, 8
     if options.world == "wan_1_3b":
         config.steps = 5000
         config.optimizer = common.wan_optimizer()
