@@ -26,12 +26,14 @@ def main() -> int:
     options = parser.parse_args()
     programs = [["attention.py"], ["rollout.py"]]
     if options.checkout:
+        if not pathlib.Path(options.checkout).is_dir():
+            parser.error(f"{options.checkout} is no clone of thu-ml/Causal-Forcing")
         programs.append(["public_code.py", options.checkout])
 
     deadline, failed = time.monotonic() + 60 * options.minutes, 0
     for done, (program, *arguments) in enumerate(programs):
         share = (deadline - time.monotonic()) / (len(programs) - done)
-        print(f"{program}: {share / 60:.1f} minutes at most", flush=True)
+        print(f"{program}: at most {share:.0f} s", flush=True)
         try:
             command = [sys.executable, FOLDER / program, *arguments]
             failed += subprocess.run(command, timeout=share).returncode != 0
