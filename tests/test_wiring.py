@@ -114,7 +114,7 @@ def test_bidirectional(labelled, monkeypatch):
 
 def test_consistency(labelled, monkeypatch):
     config, stage, state, clips = states(
-        "consistency", 64, chunk=3, draws=2, guidance=3.0, grid_steps=4
+        "consistency", 64, chunk=3, draws=2, guidance=3.0, first_grid_steps=4, grid_steps=4
     )
     calls = record(monkeypatch, consistency, "loss", lambda s, e, t, x0, *_: no_loss(x0))
     stage.step(state, clips, jax.random.key(0))

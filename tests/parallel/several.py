@@ -64,6 +64,7 @@ def fork(log, index, count, devices, port, slurm, program) -> int:
     except BaseException:
         traceback.print_exc()
     atexit._run_exitfuncs()
+    sys.stdout.flush()  # which `os._exit` does not
     os._exit(code)
 
 
