@@ -13,6 +13,10 @@ import subprocess
 import sys
 import time
 
+import measuring
+
+from cfpp.errors import exit_on_user_error
+
 FOLDER = pathlib.Path(__file__).parent
 
 
@@ -21,13 +25,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkout", nargs="?", help="a clone of thu-ml/Causal-Forcing")
+    parser.add_argument(
+        "checkout", nargs="?", type=pathlib.Path, help="a clone of thu-ml/Causal-Forcing"
+    )
     parser.add_argument("--minutes", type=float, default=8, help="in all (%(default)s)")
     options = parser.parse_args()
     programs = [["attention.py"], ["rollout.py"]]
     if options.checkout:
-        if not pathlib.Path(options.checkout).is_dir():
-            parser.error(f"{options.checkout} is no clone of thu-ml/Causal-Forcing")
+        measuring.check_public_code(options.checkout)  # now, and not when the others have run
         programs.append(["public_code.py", options.checkout])
 
     deadline, failed = time.monotonic() + 60 * options.minutes, 0
@@ -44,4 +49,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_on_user_error():
+        sys.exit(main())

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cfpp.errors import UserError
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -105,6 +107,15 @@ def named_workdirs(description: str, what: str) -> dict[str, str]:
     parser.add_argument("workdirs", nargs="+", metavar="NAME=WORKDIR", help=what)
     words = parser.parse_args().workdirs
     return {name: workdir for name, _, workdir in (word.partition("=") for word in words)}
+
+
+def check_public_code(checkout: pathlib.Path) -> None:
+    """Raises UserError where `checkout` is no clone of the public PyTorch code."""
+    if not checkout.joinpath("wan", "modules", "causal_model.py").is_file():
+        raise UserError(
+            f"{checkout} is no clone of Causal-Forcing: it has no "
+            "wan/modules/causal_model.py; git clone https://github.com/thu-ml/Causal-Forcing"
+        )
 
 
 def write(name: str, results: dict) -> None:

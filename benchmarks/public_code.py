@@ -23,7 +23,7 @@ import rollout
 import torch
 from torch.nn import functional as F
 
-from cfpp.errors import UserError, exit_on_user_error
+from cfpp.errors import exit_on_user_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE, FIRST_STEPS = ("wan_1_3b", 4) if DEVICE == "cuda" else ("20m", 2)
@@ -152,11 +152,7 @@ def main() -> None:
     parser.add_argument("checkout", type=pathlib.Path, help="a clone of thu-ml/Causal-Forcing")
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
-    if not options.checkout.joinpath("wan", "modules", "causal_model.py").is_file():
-        raise UserError(
-            f"{options.checkout} is no clone of Causal-Forcing: it has no "
-            "wan/modules/causal_model.py; git clone https://github.com/thu-ml/Causal-Forcing"
-        )
+    measuring.check_public_code(options.checkout)
     public = Public(options.checkout)
     results = measuring.machine()
     name = f"public_code_{SIZE}_{results['platform']}"
