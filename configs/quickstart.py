@@ -62,7 +62,7 @@ def get_config(arg: str = ""):
         # What smaller batches gain in ten minutes goes in longer runs.
         config.stage1.batch_size, config.stage1.ema.decay = 8, 0.99
         config.stage2.batch_size, config.stage2.ema.decay = 8, 0.9
-        config.stage2.first_grid_steps = config.stage2.grid_steps = 24
+        config.stage2.grid_steps, config.stage2.grid_doublings = 24, 0
         config.stage3.real_score = "bidirectional"
         config.stage3.init_from.real = "../stage0"
     if arg == "atari_gpu":

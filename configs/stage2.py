@@ -13,7 +13,8 @@ def get_config(arg: str = ""):
     config.steps = 320
     config.optimizer = common.muon(0.005, 5e-4)
     config.draws = 1  # noisy draws that share a clean pass
-    config.grid_steps = config.first_grid_steps = 12  # N of the solver grid, which may double
+    config.grid_steps = 12  # N of the solver grid, at the end
+    config.grid_doublings = 0  # how often it has doubled by then
     config.update(common.schedule(options))  # the grid has its shift too
     config.solver = "euler"  # or 'heun'
     config.distance = "mse"  # or 'pseudo_huber'
@@ -22,11 +23,11 @@ def get_config(arg: str = ""):
     if options.world == "arena":
         config.batch_size, config.ema.decay = 4, 0.95
         # What a coarse grid learns soon, a finer one refines (docs/experiments.md).
-        config.first_grid_steps, config.grid_steps = 2, 8
+        config.grid_steps, config.grid_doublings = 8, 2
     if options.world == "wan_1_3b":
         config.steps = 5000
         config.optimizer = common.wan_optimizer()
-        config.grid_steps = config.first_grid_steps = 48
+        config.grid_steps = 48
         config.guidance = 3.0
         config.ema.decay = 0.99
     return config

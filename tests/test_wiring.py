@@ -114,7 +114,7 @@ def test_bidirectional(labelled, monkeypatch):
 
 def test_consistency(labelled, monkeypatch):
     config, stage, state, clips = states(
-        "consistency", 64, chunk=3, draws=2, guidance=3.0, first_grid_steps=4, grid_steps=4
+        "consistency", 64, chunk=3, draws=2, guidance=3.0, grid_steps=4, grid_doublings=0
     )
     calls = record(monkeypatch, consistency, "loss", lambda s, e, t, x0, *_: no_loss(x0))
     stage.step(state, clips, jax.random.key(0))
@@ -132,7 +132,7 @@ def test_consistency(labelled, monkeypatch):
 
 @pytest.mark.parametrize(("step", "size"), [(0, 2), (32, 2), (33, 4), (66, 4), (67, 8), (101, 8)])
 def test_consistency_doubles_its_grid(labelled, monkeypatch, step, size):
-    config, stage, state, clips = states("consistency", steps=101, first_grid_steps=2, grid_steps=8)
+    config, stage, state, clips = states("consistency", steps=101, grid_steps=8, grid_doublings=2)
     calls = record(monkeypatch, consistency, "loss", lambda s, e, t, x0, *_: no_loss(x0))
     stage.step(state.replace(step=jnp.int32(step)), clips, jax.random.key(0))
     index, grid = calls[0][5:7]

@@ -67,21 +67,18 @@ def target(
     return jax.lax.stop_gradient(flow.to_x0(x_next, ema(x_next, sigma_next), sigma_next))
 
 
-def doublings(first: int, last: int) -> list[int]:
-    """N of the grids that a training goes through: `first`, twice that, ..., `last`.
+def grid_sizes(last: int, doublings: int) -> list[int]:
+    """N of the solver grids that a training goes through, each twice the one before, up to `last`.
 
     Raises:
-      ValueError: `last` is not `first` doubled some times.
+      ValueError: `last` cannot be halved `doublings` times.
     """
-    sizes = [first]
-    while 0 < sizes[-1] < last:
-        sizes.append(2 * sizes[-1])
-    if sizes[-1] != last:
+    if last % 2**doublings:
         raise ValueError(
-            f"grid_steps is {last}; it must be first_grid_steps, {first}, or that doubled, perhaps "
-            "several times"
+            f"grid_doublings is {doublings}; grid_steps, {last}, must be divisible by "
+            f"{2**doublings}"
         )
-    return sizes
+    return [last // 2**n for n in range(doublings, -1, -1)]
 
 
 def loss(
@@ -125,7 +122,7 @@ def build(config) -> Stage:
     check_choice("frozen_dtype", config.frozen_dtype, FLOATS)
     network = Network.create(config.model, config.pattern)
     transform = optimizer(config.optimizer, config.steps)
-    sizes = doublings(config.first_grid_steps, config.grid_steps)
+    sizes = grid_sizes(config.grid_steps, config.grid_doublings)
     grids = [np.pad(flow.grid(n, config.shift), (0, sizes[-1] - n)) for n in sizes]
     ends = config.steps * np.arange(1, len(sizes)) // len(sizes)  # of all but the last
     student_sampler(config)  # refuses bad positions now, and not at the first sample

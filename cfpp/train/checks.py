@@ -46,7 +46,7 @@ RANGES = {
     "drop_rate": (0.0, 1.0),
     "given_rate": (0.0, 1.0),
     "grid_steps": (1, 1000),
-    "first_grid_steps": (1, 1000),
+    "grid_doublings": (0, 9),
     "guidance": (0.0, 100.0),
     "ema.decay": (0.0, BELOW_1),
     "ema.start": (0, MOST),

@@ -120,7 +120,7 @@ def recipe(world: World, actions, size: int = 64, clips: int = 8192) -> dict[str
     """
     teacher = config_of(world, "ar_diffusion", 2500, common.muon(0.02, 2e-3), draws=4)
     student = config_of(world, "consistency", 800, common.muon(0.005, 5e-4), draws=2)
-    student.update({"first_grid_steps": 24, "grid_steps": 24, "solver": "heun"})
+    student.update({"grid_steps": 24, "grid_doublings": 0, "solver": "heun"})
     final = config_of(world, "dmd", 150, common.optimizer("adamw", 1e-4), given=0)
     for config in (teacher, student):
         config.optimizer.final_rate = 0.01
