@@ -216,6 +216,11 @@ MUTATIONS = (
         "chunk = 0 * pattern.chunk_index(frames) + range(frames)", (f"{WIRING}ar_diffusion",),
     ),
     Mutation(
+        "resampled_first", "a history of the model's own has a first chunk of its own too",
+        "cfpp/stages/resample.py", "jnp.where(is_first, clean, x0)", "x0",
+        ("tests/test_stages.py::test_a_resampled_history",),
+    ),
+    Mutation(
         "target_sigma", "the target converts to x0 with sigma instead of sigma'",
         "cfpp/stages/consistency.py", "flow.to_x0(x_next, ema(x_next, sigma_next), sigma_next)",
         "flow.to_x0(x_next, ema(x_next, sigma_next), sigma)", STAGES,

@@ -4,6 +4,8 @@
         --config.init_from.base=runs/stage0
 """
 
+import ml_collections
+
 from configs import common
 
 
@@ -13,6 +15,8 @@ def get_config(arg: str = ""):
     config.optimizer = common.muon()
     config.draws = 1  # noisy draws that share a clean pass
     config.sigma_floor = 0.3  # noise levels below weigh less
+    # How often the model makes the history that it is forced on, and from which noise levels.
+    config.resample = ml_collections.ConfigDict({"rate": 0.0, "sigma": (0.3, 0.8)})
     config.drop_rate = 0.0  # how often the condition is dropped, for guidance
     del config.frozen_dtype  # no network only lends its output
     config.init_from.base = ""  # the stage-0 model to start from, or ''
@@ -24,4 +28,6 @@ def get_config(arg: str = ""):
     else:
         # In small worlds more steps do more than larger batches, at first (docs/experiments.md).
         config.batch_size, config.ema.decay = 4, 0.995
+    if options.world == "arena":
+        config.resample.rate = 0.5  # not tried elsewhere
     return config

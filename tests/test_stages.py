@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from cfpp import flow, stages
+from cfpp.attention.pattern import Pattern
 from cfpp.models.network import Network
 from cfpp.stages import consistency, dmd, ode
+from cfpp.stages.resample import resample
 from cfpp.stages.stage import optimizer, unpack
 from configs import common
 from tests import tiny
@@ -55,6 +57,7 @@ VARIANTS = {
     "bidirectional": ("bidirectional", "", {}),
     "ar_diffusion": ("ar_diffusion", "", {"draws": 2, "drop_rate": 0.5}),
     "ar_diffusion-chunk": ("ar_diffusion", "chunk=3", {}),
+    "ar_diffusion-resampled": ("ar_diffusion", "chunk=3", {"resample": {"rate": 0.5}}),
     "consistency": ("consistency", "", {"guidance": 2.0, "draws": 2}),
     "consistency-chunk-heun": (
         "consistency", "chunk=3", {"solver": "heun", "distance": "pseudo_huber"},
@@ -119,6 +122,7 @@ def test_contract(variant):
         ("ar_diffusion", {"optimizer.schedule": "cosin"}, "optimizer.schedule must be one of"),
         ("dmd", {"critic_optimizer.name": "adam"}, "^critic_optimizer.name must be one of adamw"),
         ("dmd", {"real_model": {"heads": 5}}, "^with config.real_model, "),
+        ("ar_diffusion", {"resample.sigma": (0.8, 0.3)}, "resample.sigma must be a range within 0"),
         ("ar_diffusion", {"model.prediction": "x1"}, "model.prediction must be one of velocity"),
         ("ar_diffusion", {"model.heads": 5}, "dim 24 does not split into 5 heads"),
         ("ar_diffusion", {"model.patch": 3}, "does not divide into patches of 3 x 3"),
@@ -214,6 +218,55 @@ def test_dmd_gradient_leaves_out_frames_that_are_held():
     g = dmd.gradient(at(x - 2), at(x - 1), x, noise, sigma)
     np.testing.assert_array_equal(g[:, 0], 0)
     tiny.close(g[:, 1:], jnp.full_like(g[:, 1:], 0.5))
+
+
+def test_a_resampled_history(monkeypatch):
+    """All chunks but the first are what the model makes of them, at noise and levels of their own.
+
+    With the field (x - (3 - sigma)) / sigma it makes 3 - sigma of anything.
+    """
+    network, calls = tiny.network(Pattern(chunk=3, first_chunk=1)), []
+    clean, condition = jnp.zeros((256, 7, 1, 1, 1)), {"actions": jnp.zeros((256, 7), jnp.int32)}
+
+    def teacher_forced(self, *args):
+        def field(x, sigma):
+            s = flow.expand(sigma, x)
+            calls.append((*args, x / s))
+            return (x - (3 - s)) / s
+
+        return field
+
+    monkeypatch.setattr(Network, "teacher_forced", teacher_forced)
+    with jax.disable_jit():
+        history = resample(
+            jax.random.key(0), network, "params", clean, condition, 1.0, (0.25, 0.75)
+        )
+    assert calls[0][0] == "params" and calls[0][1] is clean and calls[0][2] is condition
+    noise = np.asarray(calls[0][3])
+    assert abs(np.std(noise) - 1) < 0.1 and np.unique(noise).size == noise.size
+    made = np.asarray(history)[..., 0, 0, 0]
+    np.testing.assert_array_equal(made[:, 0], 0)
+    np.testing.assert_allclose(made[:, 1:4], made[:, 1:2].repeat(3, 1), rtol=1e-6)
+    np.testing.assert_allclose(made[:, 4:], made[:, 4:5].repeat(3, 1), rtol=1e-6)
+    levels = 3 - made[:, [1, 4]]
+    assert np.all((levels > 0.25) & (levels < 0.75)) and np.unique(levels).size > 256
+    assert abs(np.mean(levels) - 0.5) < 5 * 0.5 / np.sqrt(12 * 512)
+
+
+def test_how_often_a_history_is_resampled():
+    network, clean = tiny.network(), tiny.latents(tiny.network(), 3)
+    condition, params = {"actions": jnp.zeros(clean.shape[:2], jnp.int32)}, tiny.params(network)
+
+    def changed(rate, seeds=400):
+        made = lambda rng: resample(rng, network, params, clean, condition, rate, (0.3, 0.8))
+        history = jax.jit(jax.vmap(made))(jax.random.split(jax.random.key(0), seeds))
+        return np.any(history != clean, axis=(3, 4, 5))  # [seeds, B, F]
+
+    quarter = changed(0.25)
+    assert not np.any(quarter[:, :, 0])
+    assert np.all(quarter[:, :, 1:] == quarter[:, :1, 1:2])  # all clips and frames together
+    assert abs(np.mean(quarter[:, 0, 1]) - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 400)
+    assert not np.any(changed(0.0, 9)) and np.all(changed(1.0, 9)[:, :, 1:])
 
 
 def test_stage_3_from_noise_with_a_longer_first_chunk():

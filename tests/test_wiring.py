@@ -36,6 +36,9 @@ def labelled(monkeypatch):
         lambda self, params, clean, condition, guidance=1.0: (params, clean, condition, guidance),
     )  # fmt: skip
     monkeypatch.setattr(
+        ar_diffusion, "resample", lambda rng, network, params, clean, *_, **__: clean
+    )
+    monkeypatch.setattr(
         Network, "bidirectional",
         lambda self, params, condition, guidance=1.0: (params, None, condition, guidance),
     )  # fmt: skip
@@ -159,6 +162,20 @@ def test_ar_diffusion(labelled, monkeypatch):
     dropped = np.all(velocity[2]["actions"] == config.model.num_actions, 1)
     assert 4 <= dropped.sum() <= 30  # 16 +- 3.5
     np.testing.assert_array_equal(velocity[2]["actions"][~dropped], clips["actions"][~dropped])
+
+
+def test_ar_diffusion_is_forced_on_what_it_makes(labelled, monkeypatch):
+    config, stage, state, clips = states("ar_diffusion")
+    made = record(monkeypatch, ar_diffusion, "resample", lambda *_, rate, sigma: "history")
+    calls = record(monkeypatch, flow, "matching_loss", lambda v, x0, *_: no_loss(x0))
+    stage.step(state, clips, jax.random.key(0))
+    (_, network, params, clean, condition), (velocity, x0, *_) = made[0], calls[0]
+    assert label_of(params) == label_of(state.params["model"])
+    assert network.pattern.window == config.pattern.window
+    np.testing.assert_array_equal(clean, codec.encode(clips["video"]))
+    np.testing.assert_array_equal(condition["actions"], clips["actions"])
+    assert velocity[1] == "history"
+    np.testing.assert_array_equal(x0, clean)  # it is to predict the data all the same
 
 
 def test_ode(labelled, monkeypatch):

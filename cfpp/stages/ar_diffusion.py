@@ -3,7 +3,8 @@
     (1) L = | v_theta(x_sigma^i, sigma_i | x0^{<i}, c) - (noise - x0^i) |^2
 
 One forward over `[clean frames | noisy frames]`; every chunk has its own sigma. Several noisy draws
-of a clip (`config.draws`) share its one clean pass.
+of a clip (`config.draws`) share its one clean pass. In some steps the x0^{<i} are the
+model's own (`config.resample`, cfpp/stages/resample.py).
 """
 
 import jax
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 
 from cfpp import flow
 from cfpp.models.network import Network
+from cfpp.stages.resample import resample
 from cfpp.stages.stage import (
     Parent,
     Stage,
     advance,
+    check_sigma_range,
     descend,
     draw_sigma,
     inherit,
@@ -31,6 +34,7 @@ def build(config) -> Stage:
     Raises:
       ValueError: a field is none of its choices, or out of range.
     """
+    check_sigma_range("resample.sigma", config.resample.sigma)
     network = Network.create(config.model, config.pattern)
     transform = optimizer(config.optimizer, config.steps)
 
@@ -39,20 +43,22 @@ def build(config) -> Stage:
 
     def step(state, batch, rng):
         clean, condition = unpack(batch)
-        noise_rng, sigma_rng, drop_rng = jax.random.split(rng, 3)
+        noise_rng, sigma_rng, drop_rng, history_rng = jax.random.split(rng, 4)
         shape = (len(clean), config.draws, clean.shape[1])
         x0 = repeat_draws(clean, config.draws)
         noise = jax.random.normal(noise_rng, x0.shape)
         sigma = draw_sigma(sigma_rng, network.pattern, shape, config.shift)
         condition = network.drop(drop_rng, condition, config.drop_rate)
+        model = state.params["model"]
+        history = resample(history_rng, network, model, clean, condition, **config.resample)
 
         def loss(params, inputs):
-            clean, condition, x0, noise, sigma = inputs
-            velocity = network.teacher_forced(params, clean, condition)
+            history, condition, x0, noise, sigma = inputs
+            velocity = network.teacher_forced(params, history, condition)
             error = flow.matching_loss(velocity, x0, noise, sigma, config.sigma_floor)
             return jnp.mean(error)
 
-        inputs = clean, condition, x0, noise, sigma
+        inputs = history, condition, x0, noise, sigma
         state, metrics = descend(state, "model", transform, loss, inputs, config.accumulate)
         return advance(state, config), metrics
 

@@ -37,6 +37,7 @@ from cfpp.stages.stage import (
     State,
     advance,
     check_choice,
+    check_sigma_range,
     descend,
     draw_sigma,
     freeze,
@@ -146,8 +147,7 @@ def build(config) -> Stage:
     given, frames = config.given, config.data.frames
     check_choice("history_gradient", config.history_gradient, HISTORY_GRADIENTS)
     check_choice("frozen_dtype", config.frozen_dtype, FLOATS)
-    if len(config.score_sigma) != 2 or not 0 <= config.score_sigma[0] < config.score_sigma[1] <= 1:
-        raise ValueError(f"score_sigma must be a range within 0 and 1, got {config.score_sigma}")
+    check_sigma_range("score_sigma", config.score_sigma)
     low, high = config.score_sigma
     if config.critic_steps < 1:
         raise ValueError(f"critic_steps is {config.critic_steps}; it must be at least 1")

@@ -79,6 +79,12 @@ def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def check_sigma_range(field: str, limits: Sequence[float]) -> None:
+    """Raises ValueError if a field of the config is no range of noise levels."""
+    if len(limits) != 2 or not 0 <= limits[0] < limits[1] <= 1:
+        raise ValueError(f"{field} must be a range within 0 and 1, got {limits}")
+
+
 def unpack(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
     """Latents and condition of a batch from the input pipeline.
 

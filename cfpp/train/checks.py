@@ -48,6 +48,7 @@ RANGES = {
     "grid_steps": (1, 1000),
     "grid_doublings": (0, 9),
     "guidance": (0.0, 100.0),
+    "resample.rate": (0.0, 1.0),
     "ema.decay": (0.0, BELOW_1),
     "ema.start": (0, MOST),
     "data.frames": (1, MOST),
