@@ -7,8 +7,8 @@ between a low one, which changes little, and a high one, which leaves little of 
     (1) x0_hat^i = f(x_sigma^i, sigma_i | x0^{<i}, c),  f(x, s) = x - s v(x, s),  sigma_i ~ U(a, b)
 
 What it has to predict are the data all the same: it learns to lead back to them. The first chunk
-stays, as a rollout's is given or takes more steps. The paper makes chunk after chunk, in several
-steps each, and from its own history.
+stays, as a rollout's is given or takes more steps. The paper makes chunk after chunk, each after
+those already made; here one pass makes all, each after clean ones.
 """
 
 from collections.abc import Sequence
