@@ -57,7 +57,7 @@ VARIANTS = {
     "bidirectional": ("bidirectional", "", {}),
     "ar_diffusion": ("ar_diffusion", "", {"draws": 2, "drop_rate": 0.5}),
     "ar_diffusion-chunk": ("ar_diffusion", "chunk=3", {}),
-    "ar_diffusion-resampled": ("ar_diffusion", "chunk=3", {"resample": {"rate": 0.5}}),
+    "ar_diffusion-clean": ("ar_diffusion", "", {"resample": {"rate": 0.0}}),
     "consistency": ("consistency", "", {"guidance": 2.0, "draws": 2}),
     "consistency-chunk-heun": (
         "consistency", "chunk=3", {"solver": "heun", "distance": "pseudo_huber"},

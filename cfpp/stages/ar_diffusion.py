@@ -3,8 +3,8 @@
     (1) L = | v_theta(x_sigma^i, sigma_i | x0^{<i}, c) - (noise - x0^i) |^2
 
 One forward over `[clean frames | noisy frames]`; every chunk has its own sigma. Several noisy draws
-of a clip (`config.draws`) share its one clean pass. In some steps the x0^{<i} are the
-model's own (`config.resample`, cfpp/stages/resample.py).
+of a clip (`config.draws`) share its one clean pass. In some steps the x0^{<i} are the model's
+own (`config.resample`, cfpp/stages/resample.py).
 """
 
 import jax

@@ -16,7 +16,7 @@ from tests.test_stages import batch, parents, tiny_config
 
 VARIANTS = {
     "bidirectional": {"given_rate": 0.5, "drop_rate": 0.5},
-    "ar_diffusion": {"draws": 2, "drop_rate": 0.5},
+    "ar_diffusion": {"draws": 2, "drop_rate": 0.5, "resample": {"rate": 1.0}},
     "consistency": {"guidance": 2.0, "draws": 2},
     "ode": {"grid_steps": 4},
     "dmd": {"critic_steps": 1, "real_score": "bidirectional", "guidance": 2.0},
