@@ -38,7 +38,10 @@ from cfpp.attention.reference import LOG2_E, NOTHING
 from cfpp.attention.schedule import RESIDUAL, Mask
 
 SMALLEST_PART, LARGEST_BLOCK = 128, 1664  # tokens
-# At the latter dK, dV take 9.1 MiB of a v5e's 16 MiB in bfloat16, and 11.5 MiB in float32.
+# At the latter dK, dV take 9.1 MiB of a v5e's 16 MiB in bfloat16, and 11.5 MiB in float32, with
+# heads of 128. In float32, heads wider than 192 get blocks of fewer tokens.
+LARGEST_BYTES = LARGEST_BLOCK * 192 * 4
+MOST_NUMBERS = 2**18 - 2**10  # of the lists of pairs, int32: a TPU's scalar memory has 1 MiB
 LANES = 128  # of a TPU's registers: what blocks that do not fill a frame are multiples of
 
 # (keys, queries) whose scores are computed at a time: of those tried, these keep the matrix units
@@ -63,23 +66,23 @@ class Cut(NamedTuple):
     tail: int = 0  # tokens of the last block of each frame, 0 where that is `rows`
 
     @classmethod
-    def choose(cls, frames: int, tokens: int, in_place: bool = False) -> "Cut":
-        """The largest blocks of at most `LARGEST_BLOCK` tokens that cut frames evenly, or nearly.
+    def choose(cls, frames: int, tokens: int, largest: int, in_place: bool = False) -> "Cut":
+        """The largest blocks of at most `largest` tokens that cut frames evenly, or nearly.
 
         Args:
           in_place: whether to cut without moving data, which a TPU has in tiles of 8 tokens.
         """
-        if tokens <= LARGEST_BLOCK:
-            most = min(LARGEST_BLOCK // tokens, 31)  # frames of a block are bits of an int32
+        if tokens <= largest:
+            most = min(largest // tokens, 31)  # frames of a block are bits of an int32
             if in_place and tokens % 8:
                 most = 1
             group = max(n for n in range(1, most + 1) if frames % n == 0)
             return cls(group, 1, group * tokens)
-        parts = range(SMALLEST_PART, LARGEST_BLOCK + 1)
+        parts = range(SMALLEST_PART, largest + 1)
         rows = max((n for n in parts if tokens % n == n % 8 == 0), default=0)
         if rows:
             return cls(1, tokens // rows, rows)
-        split = -(-tokens // LARGEST_BLOCK)
+        split = -(-tokens // largest)
         rows = -(-tokens // (split * LANES)) * LANES
         split = -(-tokens // rows)
         return cls(1, split, rows, tokens - (split - 1) * rows)
@@ -494,7 +497,7 @@ def attend(
         `pltpu.InterpretParams`, to emulate a TPU's memory too.
 
     Raises:
-      ValueError: the dtypes do not fit.
+      ValueError: the dtypes do not fit, or the mask's lists of pairs fit no TPU.
     """
     plain = not isinstance(k, Quantised)
     if (plain and not q.dtype == k.dtype == v.dtype) or q.dtype not in (jnp.float32, jnp.bfloat16):
@@ -502,10 +505,17 @@ def attend(
             "pallas_tpu takes q, k and v all in float32 or all in bfloat16, got "
             f"{q.dtype}, {k.dtype} and {v.dtype}"
         )
-    tokens = q.shape[3]
-    query = Cut.choose(mask.shape[0], tokens)
-    key = Cut.choose(mask.shape[1], tokens, in_place=layer is not None)
+    tokens, head_dim = q.shape[3:]
+    largest = min(LARGEST_BLOCK, LARGEST_BYTES // (head_dim * q.dtype.itemsize))
+    query = Cut.choose(mask.shape[0], tokens, largest)
+    key = Cut.choose(mask.shape[1], tokens, largest, in_place=layer is not None)
     by_query, by_key = (pairs(mask, query, key, by_key) for by_key in (False, True))
+    numbers = max(sum(x.size for x in lists) for lists in (by_query, by_key))
+    if numbers > MOST_NUMBERS:
+        raise ValueError(
+            f"a mask of {mask.shape} frames of {tokens} tokens takes lists of {numbers} numbers, "
+            f"and pallas_tpu has room for {MOST_NUMBERS}; take fewer frames, or xla"
+        )
     known = isinstance(mask, np.ndarray)
     plan = _Plan(
         query,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from cfpp.attention import pallas_tpu
+from cfpp.attention.pattern import Pattern, teacher_forced_entries
 from tests.attention import compare
 
 attend = functools.partial(pallas_tpu.attend, interpret=True)
@@ -38,13 +39,13 @@ def blocks_of(
     ],
 )
 def test_blocks_cut_frames_evenly(frames, tokens, group, split):
-    blocks = pallas_tpu.Cut.choose(frames, tokens)
+    blocks = pallas_tpu.Cut.choose(frames, tokens, pallas_tpu.LARGEST_BLOCK)
     assert blocks == (group, split, group * tokens // split, 0)
 
 
 @given(st.integers(pallas_tpu.LARGEST_BLOCK + 1, 20_000))
 def test_any_large_frame_is_cut_into_few_blocks(tokens):
-    _, split, rows, tail = pallas_tpu.Cut.choose(7, tokens)
+    _, split, rows, tail = pallas_tpu.Cut.choose(7, tokens, pallas_tpu.LARGEST_BLOCK)
     assert (split - 1) * rows + (tail or rows) == tokens
     assert pallas_tpu.SMALLEST_PART <= rows <= pallas_tpu.LARGEST_BLOCK
     assert not tail or (0 < tail < rows and rows % pallas_tpu.LANES == 0)
@@ -52,8 +53,8 @@ def test_any_large_frame_is_cut_into_few_blocks(tokens):
 
 
 def test_a_cache_is_cut_where_that_moves_no_data():
-    assert pallas_tpu.Cut.choose(20, 16, in_place=True).group == 20
-    assert pallas_tpu.Cut.choose(20, 18, in_place=True).group == 1
+    assert pallas_tpu.Cut.choose(20, 16, 1000, in_place=True).group == 20
+    assert pallas_tpu.Cut.choose(20, 18, 1000, in_place=True).group == 1
 
 
 @settings(deadline=None)
@@ -63,7 +64,7 @@ def test_pairs_spell_out_the_mask(mask, tokens_largest, by_key):
     tokens, largest = tokens_largest
     with pytest.MonkeyPatch.context() as patch:
         blocks_of(patch, 1, largest)
-        query, key = (pallas_tpu.Cut.choose(frames, tokens) for frames in mask.shape)
+        query, key = (pallas_tpu.Cut.choose(frames, tokens, largest) for frames in mask.shape)
     outer, inner, kind, bits, length = pallas_tpu.pairs(mask, query, key, by_key)
     assert len(outer) == length
     seen = mask.repeat(tokens, 0).repeat(tokens, 1)
@@ -139,3 +140,7 @@ def test_what_cannot_be():
     x = jnp.zeros((1, 1, 1, 4, 8), jnp.float16)
     with pytest.raises(ValueError, match="got float16, float16 and float16"):
         attend(x, x, x, np.ones((1, 1), bool))
+    entries = teacher_forced_entries(100)
+    x = jax.ShapeDtypeStruct((1, 1, 200, 3600, 128), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"lists of \d+ numbers, and .* has room for 261120"):
+        jax.eval_shape(lambda q, k, v: attend(q, k, v, Pattern().mask(entries, entries)), x, x, x)
