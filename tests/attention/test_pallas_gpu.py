@@ -79,11 +79,14 @@ def test_lowers_for_cuda(heads, frames, tokens, head_dim):
     assert cuda_kernels(jax.grad(total, (0, 1, 2)), x, x, x) == 3
 
 
-@pytest.mark.parametrize("head_dim", [24, 64, 96, 128])
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), [(12, 24), (12, 64), (12, 96), (12, 128), (40, 128)]
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
-def test_lowers_for_cuda_against_a_cache(dtype, head_dim):
-    cache = jax.eval_shape(lambda: Cache.empty((30, 1, 12, 21, 1560, head_dim), dtype).key)
+def test_lowers_for_cuda_against_a_cache(dtype, heads, head_dim):
+    layers = 30 if heads == 12 else 40  # Wan 2.1 1.3B and 14B
+    cache = jax.eval_shape(lambda: Cache.empty((layers, 1, heads, 21, 1560, head_dim), dtype).key)
     assert cuda_kernels(
-        pallas_gpu.attend, jax.ShapeDtypeStruct((1, 12, 2, 1560, head_dim), jnp.bfloat16),
+        pallas_gpu.attend, jax.ShapeDtypeStruct((1, heads, 2, 1560, head_dim), jnp.bfloat16),
         cache, cache, jax.ShapeDtypeStruct((2, 21), bool), jax.ShapeDtypeStruct((), jnp.int32),
     ) == 1  # fmt: skip

@@ -58,11 +58,12 @@ def test_lowers_for_cuda_at_wan_shapes(heads, head_dim):
     assert compare.lowered_for_cuda(jax.grad(total, (0, 1, 2)), (x, x, x), calls) == [3, 0]
 
 
-def test_lowers_for_cuda_against_a_cache():
+@pytest.mark.parametrize(("layers", "heads"), [(30, 12), (40, 40)])
+def test_lowers_for_cuda_against_a_cache(layers, heads):
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
-    cache = shape(30, 1, 12, 21, 1560, 128)
+    cache = shape(layers, 1, heads, 21, 1560, 128)
     shapes = (
-        shape(1, 12, 2, 1560, 128), cache, cache,
+        shape(1, heads, 2, 1560, 128), cache, cache,
         jax.ShapeDtypeStruct((2, 21), bool), jax.ShapeDtypeStruct((), jnp.int32),
     )  # fmt: skip
     attend = functools.partial(pallas_gpu.attend, backend="mosaic")
