@@ -76,16 +76,17 @@ def schedule(positions: Sequence[float], s: float) -> np.ndarray:
     """The noise levels of a few-step sampler, ending in 0: float32 `[len(positions) + 1]`.
 
     Args:
-      positions: falling positions on the unshifted 1000-grid, such as `[1000, 500]`.
+      positions: falling positions on the unshifted 1000-grid, such as `[1000, 500]`. The first is
+        1000, since sampling starts from noise alone.
       s: the timestep shift.
 
     Raises:
-      ValueError: the positions are not falling numbers in (0, 1000].
+      ValueError: the positions do not start at 1000, or do not fall, or not to above 0.
     """
     positions = np.asarray(positions, np.float64)
-    if not positions.size or positions[0] > 1000 or not np.all(np.diff(positions, append=0.0) < 0):
+    if not positions.size or positions[0] != 1000 or not np.all(np.diff(positions, append=0.0) < 0):
         raise ValueError(
-            f"sampling positions must fall, from 1000 at most to above 0, got {positions.tolist()}"
+            f"sampling positions must fall, from 1000 to above 0, got {positions.tolist()}"
         )
     return np.append(shift(positions / 1000, s), 0.0).astype(np.float32)
 

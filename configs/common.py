@@ -75,6 +75,8 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
 
     config.data = data(options)
     config.model = model(options)
+    for field in ("height", "width", "num_actions"):  # to set either is to set both
+        config.model[field] = config.data.get_ref(field)
     config.pattern = ConfigDict()
     config.pattern.chunk = options.chunk  # frames generated at once
     config.pattern.first_chunk = config_dict.placeholder(int)  # where the first chunk differs
@@ -155,21 +157,17 @@ def data(options: ConfigDict) -> ConfigDict:
 
 
 def model(options: ConfigDict) -> ConfigDict:
-    """The network of a world: the attributes of `cfpp.models.dit.DiT`."""
+    """The network of a world: the attributes of `cfpp.models.dit.DiT`, but for the data's own."""
     config = ConfigDict()
     config.channels = 3
-    config.height = config.width = 32
     config.patch = 8
     config.dim = 128
     config.ffn_dim = 512
     config.heads = 4
     config.layers = 4
     config.frequency_dim = 256
-    config.num_actions = 5
     if options.world == "atari":
-        config.height = config.width = 64
         config.dim, config.ffn_dim, config.heads = 192, 768, 6
-        config.num_actions = 18
     config.text_dim = 0
     config.rotary_base = 100.0
     config.gate_init = 1.0
@@ -181,8 +179,7 @@ def model(options: ConfigDict) -> ConfigDict:
     config.unroll = 4
     if options.world == "wan_1_3b":
         config.update(WAN_SIZES["1_3b"])
-        config.channels, config.height, config.width, config.patch = 16, 60, 104, 2
-        config.num_actions = 0
+        config.channels, config.patch = 16, 2
         config.text_dim = 4096
         config.rotary_base = 10000.0
         config.gate_init = 0.0

@@ -6,7 +6,8 @@ Ten minutes on two CPU cores (docs/quickstart.md). Variants: `configs/quickstart
 the same in miniature, `:atari` the same on Boxing, `:atari_gpu` that for minutes of a GPU, `:long`
 trains for an hour, with the bidirectional base as stage 3's real score.
 
-All stages share one `model` and one `mesh`: `--config.model.attention=xla`, `--config.mesh.fsdp=2`.
+All stages share one `data`, one `model` and one `mesh`: `--config.data.workers=2`,
+`--config.model.attention=xla`, `--config.mesh.fsdp=2`.
 """
 
 import ml_collections
@@ -36,29 +37,31 @@ def get_config(arg: str = ""):
     for (name, module), steps in zip(JOBS.items(), STEPS[arg], strict=True):
         job = module.get_config(world)
         job.steps = steps
-        job.data.directory = "../data"
         # Four a stage, the fourth after the last step: one compiles for some seconds, and the three
         # others of all stages together take some 5 s of the ten minutes.
         job.sample_every = 0 if arg == "smoke" else -(-steps // 4)
         if arg == "smoke":
             job.optimizer = common.optimizer("adamw", 1e-3)  # compiles faster than Muon
-        if arg == "long":
-            job.data.episodes = 2048  # or it sees every window some four times
         if arg == "atari_gpu":
-            job.batch_size, job.data.episodes = 16, 640
+            job.batch_size = 16
             job.log_every, job.save_every = 100, 1000  # of some dozens a second
-            job.data.workers = 4  # to read takes 13 ms a batch, and a step less than 20
         config[name] = job
-    for group in ("model", "mesh"):  # the very same objects: to set a field of one sets it for all
+    for group in (
+        "data",
+        "model",
+        "mesh",
+    ):  # the very same objects: to set a field of one sets it for all
         config[group] = config.stage0[group]
         for name in JOBS:
             config[name][group] = config[group]
     # Paths that start with '..' are relative to the job's own directory.
+    config.data.directory = "../data"
     config.stage1.init_from.base = "../stage0"
     config.stage2.init_from.teacher = "../stage1"
     config.stage3.init_from.student = "../stage2"
     config.stage3.init_from.real = "../stage1"
     if arg == "long":
+        config.data.episodes = 2048  # or it sees every window some four times
         # What smaller batches gain in ten minutes goes in longer runs.
         config.stage1.batch_size, config.stage1.ema.decay = 8, 0.99
         config.stage2.batch_size, config.stage2.ema.decay = 8, 0.9
@@ -68,6 +71,8 @@ def get_config(arg: str = ""):
         config.stage3.real_score = "bidirectional"
         config.stage3.init_from.real = "../stage0"
     if arg == "atari_gpu":
+        config.data.episodes = 640
+        config.data.workers = 4  # to read takes 13 ms a batch, and a step less than 20
         config.model.update({"dim": 256, "ffn_dim": 1024, "heads": 4, "layers": 6, "unroll": 6})
         config.stage1.ema.decay = 0.998
 

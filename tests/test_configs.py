@@ -143,6 +143,7 @@ def test_every_field_is_read(stage, arg, monkeypatch):
         ("model.channels", 4, "config.model.channels is 4, but arena gives RGB pixels"),
         ("data.frames", 65, "config.data.frames is 65, but episodes have 64 frames"),
         ("mesh.data", 3, "it does not multiply to"),
+        ("model.dtype", "float16", "float16, in which small gradients become 0; train in bf"),
     ],
 )
 def test_fields_that_cannot_be(field, value, message):

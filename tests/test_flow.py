@@ -41,9 +41,9 @@ def test_published_schedule():
     np.testing.assert_array_equal(levels[:-1], flow.grid(48, 5.0)[[0, 12, 24, 36]])
 
 
-@pytest.mark.parametrize("positions", [[], [500, 1000], [1001], [500, 500], [0]])
+@pytest.mark.parametrize("positions", [[], [500, 1000], [1001], [750, 250], [1000, 500, 500], [0]])
 def test_schedule_refuses_what_does_not_fall(positions):
-    with pytest.raises(ValueError, match="must fall, from 1000 at most"):
+    with pytest.raises(ValueError, match="must fall, from 1000 to above 0"):
         flow.schedule(positions, 5.0)
 
 

@@ -140,7 +140,11 @@ def job():
             "evaluate": {"frames": 3},
         }
     )
-    patches = [*fake.patches(), mock.patch("cfpp.evaluate.run", side_effect=report)]
+    patches = [
+        *fake.patches(),
+        mock.patch("cfpp.data.pipeline.test_clips"),
+        mock.patch("cfpp.evaluate.run", side_effect=report),
+    ]
     evaluation = [patch.start() for patch in patches][-1]
     yield config, evaluation
     for patch in patches:

@@ -12,6 +12,7 @@ from unittest import mock
 
 import imageio.v3 as imageio
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from cfpp import media
 from cfpp.attention.pattern import Pattern
 from cfpp.data import pipeline
 from cfpp.errors import UserError
+from cfpp.models import dit
 from cfpp.rollout import __main__ as command
 from cfpp.rollout import generate
 from cfpp.rollout import stream as stream_module
@@ -216,6 +218,17 @@ def test_stream_is_the_clip(pattern, given):
     off = np.abs(np.concatenate(frames, 1).astype(int) - clip)
     assert off.max() <= 1 and np.mean(off) < 255 * 6e-4
     assert np.mean((clip > 0) & (clip < 255)) > 0.2  # else there would be little to see
+
+
+def test_positions_turn_alike_at_any_length_of_a_stream():
+    frequency = 100.0 ** (-np.arange(0, 12, 2) / 12)
+    frames = np.array([0, 3, 1023, 1024, 10**6 + 7, 2**24 + 1, 10**9 - 1])
+    angles = dit.phase(jnp.asarray(frames), frequency)
+    off = np.asarray(angles, np.float64) - frames[:, None] * frequency
+    assert np.abs(off - 2 * np.pi * np.round(off / (2 * np.pi))).max() < 0.002
+    short = np.arange(1024)  # in training, to the bit
+    expected = short.astype(np.float32)[:, None] * frequency.astype(np.float32)
+    np.testing.assert_array_equal(dit.phase(jnp.asarray(short), frequency), expected)
 
 
 def test_frames_do_not_wait_for_their_context_pass():

@@ -183,7 +183,8 @@ def test_clips(data_config: ml_collections.ConfigDict, count: int, frames: int) 
     if not found:
         raise UserError(
             f"the test split of {data_config.name} has {len(clips)} clips of {frames} frames, but "
-            f"{count} are asked for; ask for fewer or shorter ones"
+            f"{count} are asked for; ask for fewer or shorter ones (an evaluation takes "
+            "2 x evaluate.episodes)"
         )
     return jax.tree.map(lambda *parts: np.stack(parts), *clips)
 
@@ -193,7 +194,8 @@ def _window(
 ) -> dict:
     sources.check_length(data_config, episode, "a train episode")
     start = rng.integers(len(episode["video"]) - data_config.frames + 1)
-    return _cut({key: episode[key] for key in ("video", "actions")}, start, data_config.frames)
+    keys = ("video", "actions") if data_config.num_actions else ("video",)
+    return _cut({key: episode[key] for key in keys}, start, data_config.frames)
 
 
 def _cut(episode: dict, start: int, frames: int) -> dict:

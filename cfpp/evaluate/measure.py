@@ -66,14 +66,16 @@ class Settings:
 
 
 def check(config: ml_collections.ConfigDict, data_config: ml_collections.ConfigDict) -> None:
-    """Checks `config.evaluate` before there are models, or data.
+    """Checks `config.evaluate` before there are models, or a recording.
 
     Raises:
-      UserError: a setting is out of range, or more clips are asked for than will be recorded.
+      UserError: a setting is out of range, or more clips are asked for than there are or will be.
     """
     settings = Settings(**config)
     recorded = sources.recorded_clips(data_config, settings.length)
-    if recorded is not None and recorded < settings.clips:
+    if recorded is None:  # the data are there already
+        pipeline.test_clips(data_config, settings.clips, settings.length)
+    elif recorded < settings.clips:
         raise UserError(
             f"evaluate.episodes is {settings.episodes}, which takes {settings.clips} clips of "
             f"{settings.length} frames; {data_config.name} is recorded with {recorded} such "

@@ -42,6 +42,28 @@ def sinusoid(t: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
 
 
+def phase(position: jax.Array, frequency: np.ndarray) -> jax.Array:
+    """The angles position x frequency, but for whole turns, at any length of a stream.
+
+    In float32 the product is off by 0.03 after a million frames. So the position is taken digit by
+    digit, to the base 1024, of which only the last is multiplied as it is.
+
+    Args:
+      position: int32 `[n]`.
+      frequency: float64 `[m]`, radians a position.
+
+    Returns:
+      Radians, float32 `[n, m]`, to within 0.002.
+    """
+    position = jnp.asarray(position, jnp.int32)[:, None]
+    digits = position & 1023, (position >> 10) & 1023, position >> 20
+    turn = lambda power: np.mod(1024.0**power * frequency, 2 * np.pi) if power else frequency
+    return sum(
+        digit.astype(jnp.float32) * turn(power).astype(np.float32)
+        for power, digit in enumerate(digits)
+    )
+
+
 def rotary_angles(
     frame: jax.Array, rows: int, columns: int, head_dim: int, base: float
 ) -> jax.Array:
@@ -53,8 +75,7 @@ def rotary_angles(
     widths = (head_dim - 2 * side, side, side)
     per_axis = []
     for position, width in zip((frame, np.arange(rows), np.arange(columns)), widths, strict=True):
-        frequency = (base ** (-np.arange(0, width, 2) / max(width, 1))).astype(np.float32)
-        per_axis.append(jnp.asarray(position, jnp.float32)[:, None] * frequency)
+        per_axis.append(phase(position, base ** (-np.arange(0, width, 2) / max(width, 1))))
     shape = (len(frame), rows, columns)
     f, r, c = per_axis
     angles = (

@@ -49,6 +49,16 @@ def guided(velocity: flow.Velocity, weight: float) -> flow.Velocity:
     return lambda x, sigma: guide_pairs(velocity(twice(x), twice(sigma)), weight)
 
 
+def is_product(path: Any) -> bool:
+    """Whether the parameter at a path of `jax.tree_util` is a matrix of a block.
+
+    Nearly all parameters are, and their products take them in `dit.dtype`; all else is used in
+    float32.
+    """
+    names = [getattr(key, "key", None) for key in path]  # a box adds a key of another kind
+    return names[0] == "blocks" and "kernel" in names
+
+
 FIELDS = tuple(
     f"model.{field.name}"
     for field in dataclasses.fields(DiT)
@@ -116,14 +126,14 @@ class Network:
         """Parameters as every pass uses them, for many passes without a gradient.
 
         Each pass would gather them anew, layer by layer; of these it gathers none, and the result
-        is the same. The matrices of the blocks, nearly all there is, are in `dit.dtype`, as their
-        products take them. Without a mesh they are returned as they are.
+        is the same. Matrices are in `dit.dtype`, as their products take them (`is_product`).
+        Without a mesh they are returned as they are.
         """
         if mesh.ambient() is None:
             return params
 
         def place(path, array, box):
-            if (path[0].key, path[-1].key) == ("blocks", "kernel"):
+            if is_product(path):
                 array = array.astype(self.dit.dtype)
             return mesh.constrain(array, *box.names)
 

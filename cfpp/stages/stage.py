@@ -13,7 +13,7 @@ import optax
 from cfpp import flow
 from cfpp.attention.pattern import Pattern
 from cfpp.models import codec, shapes
-from cfpp.models.network import Condition, Params
+from cfpp.models.network import Condition, Params, is_product
 
 Metrics = dict[str, jax.Array]
 
@@ -113,8 +113,12 @@ def inherit(template: Params, parent: Params | None) -> Params:
 
 
 def freeze(params: Params, dtype: str) -> Params:
-    """Parameters of a network that only lends its output, in `config.frozen_dtype`."""
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+    """Parameters of a network that only lends its output, matrices in `config.frozen_dtype`.
+
+    Where that is the network's own dtype, the output stays the same: see `is_product`.
+    """
+    cast = lambda path, x: x.astype(dtype) if is_product(path) else x
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def optimizer(

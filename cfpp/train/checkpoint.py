@@ -53,8 +53,22 @@ for _logger in ("absl", "asyncio"):
     getLogger(_logger).addFilter(_is_news)
 
 
+# In what JAX and TensorStore say where a checkpoint may be whole, and another time can be read.
+PASSING = (
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+)
+
+
 class DamageError(Exception):
     """A checkpoint that cannot be read, or not as it was written."""
+
+
+class NotNowError(UserError):
+    """A checkpoint that cannot be read now, for want of memory, rights or a network."""
 
 
 class Checkpoints:
@@ -230,7 +244,7 @@ def is_finished(workdir: epath.PathLike, last_step: int) -> bool:
     if is_intact:
         try:
             _read_model(path)
-        except DamageError:
+        except (DamageError, NotNowError):
             is_intact = False
     return _everywhere(is_intact)
 
@@ -471,7 +485,7 @@ def _unfinished(directory: epath.Path) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def _damage(together: bool = False) -> Iterator[None]:
-    """Turns whatever goes wrong in reading into a `DamageError` of one line.
+    """Turns whatever goes wrong in reading into a `DamageError` of one line, or a `NotNowError`.
 
     Args:
       together: all processes read, each its part; what one of them cannot read is damaged for all.
@@ -488,7 +502,24 @@ def _damage(together: bool = False) -> Iterator[None]:
         cause = cause or DamageError("another process cannot read its part")
     if cause:
         line = first_line(cause)
-        raise DamageError(line if len(line) < 160 else line[:157] + "...") from cause
+        line = line if len(line) < 160 else line[:157] + "..."
+        if _passes(cause):
+            raise NotNowError(
+                f"a checkpoint cannot be read now: {line}; it may be whole: mend that, then run "
+                "the same command again"
+            ) from cause
+        raise DamageError(line) from cause
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether what went wrong, or a cause of it, is no fault of what was read."""
+    if error is None:
+        return False
+    if isinstance(error, MemoryError | PermissionError | TimeoutError | ConnectionError):
+        return True
+    return any(word in str(error) for word in PASSING) or _passes(
+        error.__cause__ or error.__context__
+    )
 
 
 def _check_room(directory: epath.Path, tree: Tree) -> None:

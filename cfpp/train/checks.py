@@ -102,6 +102,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.model.{name} is {config.model[name]} and config.data.{name} is "
                 f"{config.data[name]}; they must be the same"
             )
+    if config.model.dtype == "float16":
+        raise UserError(
+            "config.model.dtype is float16, in which small gradients become 0; train in bfloat16"
+        )
     chunk, window, sink = config.pattern.chunk, config.pattern.window, config.pattern.sink
     is_causal = config.stage != "bidirectional"
     if is_causal and config.sample_every and window is None:
@@ -119,11 +123,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"config.data.frames is {config.data.frames}: with a first chunk of {first} frames no "
             f"chunk sees a frame before it; give at least {first + 1}"
-        )
-    if fields.get("guidance", 1.0) != 1.0 and is_untaught(config):
-        raise UserError(
-            f"config.guidance is {config.guidance}, but with config.drop_rate=0 the model learns "
-            "no unconditional prediction; use guidance 1, or drop the condition of some clips"
         )
     # All sources that there are give pixels, and no texts; without one a job is for `cfpp.aot`.
     for name, value in {
@@ -145,9 +144,20 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def is_untaught(config: ml_collections.ConfigDict) -> bool:
-    """Whether a model learns no unconditional prediction, unless its base has before."""
-    return config.get("drop_rate") == 0.0 and not config.init_from.get("base")
+def is_untaught(
+    config: ml_collections.ConfigDict, find: Callable[[str], ml_collections.ConfigDict]
+) -> bool:
+    """Whether a model learns no unconditional prediction, nor has what it starts from.
+
+    Of a base that is not there any more it is not known, and taken to have.
+    """
+    if config.get("drop_rate") != 0.0:
+        return False
+    base = config.init_from.get("base")
+    try:
+        return not base or is_untaught(find(base), find)
+    except UserError:
+        return False
 
 
 def build_stage(config: ml_collections.ConfigDict) -> stages.Stage:
@@ -211,9 +221,15 @@ def check_parents(
       find: the configuration of a parent by its path.
 
     Raises:
-      UserError: a parent of another architecture or stage, or guidance that it was not trained for.
+      UserError: a parent of another architecture or stage, or guidance that it, or the stage's own
+        model, was not trained for.
         Of an unusual stage, or another attention pattern, it is told: that may be an ablation.
     """
+    if config.get("guidance", 1.0) != 1.0 and is_untaught(config, find):
+        raise UserError(
+            f"config.guidance is {config.guidance}, but with config.drop_rate=0 the model learns "
+            "no unconditional prediction; use guidance 1, or drop the condition of some clips"
+        )
     for role, parent in parents(config, find).items():
         where = f"config.init_from.{role}={config.init_from[role]}"
         asked = stage.parents[role]
@@ -239,10 +255,18 @@ def check_parents(
                 config.stage,
                 usual,
             )
-        if asked.guided and config.guidance != 1.0 and is_untaught(parent):
+        if asked.guided and config.guidance != 1.0 and is_untaught(parent, find):
             raise UserError(
                 f"config.guidance is {config.guidance}, but {where} was trained with "
                 "config.drop_rate=0 and knows no unconditional prediction; use guidance 1"
+            )
+        most = int(parent.get("given_rate", 0.0) > 0)
+        if parent.stage == "bidirectional" and config.get("given", most) > most:
+            logging.warning(
+                "%s was trained with %d given frames at most, and config.given is %d",
+                where,
+                most,
+                config.given,
             )
         theirs, own = parent.pattern.to_dict(), config.pattern.to_dict()
         if parent.stage != "bidirectional" and theirs != own:

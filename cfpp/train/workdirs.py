@@ -17,12 +17,13 @@ from cfpp import paths
 from cfpp.errors import UserError
 from cfpp.parallel import hosts
 
-# Fields of a stage that may change between the starts of a run, since no step depends on them, or,
-# of the mesh and of attention, by the order of sums alone.
+# Fields of a stage that may change between the starts of a run, since no step depends on them, or
+# by the order of sums alone: a run may go on with fewer devices, or less memory.
 # `steps` may grow, but not in a job of several stages: others have started from this one.
 OPERATIONAL = (
-    "log_every", "save_every", "sample_every", "keep", "data.workers",
-    "mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor", "model.attention",
+    "log_every", "save_every", "sample_every", "keep", "data.workers", "accumulate",
+    "mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor",
+    "model.attention", "model.remat", "model.unroll",
 )  # fmt: skip
 
 FAULTS_OF_THE_DISK = {
@@ -229,6 +230,13 @@ def _compare(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
             continue
         if field == "steps" and isinstance(old.get(field), int):
             if new[field] > old[field]:
+                logging.warning(
+                    "%s was made for %d steps and goes on to %d: its rate, and a grid that "
+                    "doubles, are from here on those of the longer run",
+                    workdir,
+                    old[field],
+                    new[field],
+                )
                 continue
             raise UserError(
                 f"{workdir} was made for {old[field]} steps and config.steps is now {new[field]}; "

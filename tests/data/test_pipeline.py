@@ -9,6 +9,7 @@ import pytest
 
 from cfpp.data import arena, pipeline, sources
 from cfpp.errors import UserError
+from configs import stage0
 
 
 def take(iterator, count: int) -> list[dict]:
@@ -53,6 +54,14 @@ def test_batches_have_the_stated_shapes(arena_config):
         "video": ((4, 8, 32, 32, 3), np.uint8),
         "actions": ((4, 8), np.int32),
     }
+
+
+def test_of_a_model_without_actions_batches_have_none(arena_config):
+    """As `batch_shapes` says, by which the step is traced."""
+    config = stage0.get_config("arena")
+    config.data.update(changed(arena_config, num_actions=0))
+    shapes = pipeline.batch_shapes(config)
+    assert next(pipeline.train_batches(config.data, 4, seed=0)).keys() == shapes.keys() == {"video"}
 
 
 def test_batches_of_one_are_the_rows_of_larger_ones(arena_config):

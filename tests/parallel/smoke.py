@@ -27,8 +27,8 @@ def run(folder: pathlib.Path, name: str) -> dict:
     count, mesh = LAYOUTS[name]
     workdir = folder / name.replace(" ", "_")
     fields = {f"mesh.{axis}": size for axis, size in mesh.items()}
-    for stage in STAGES:
-        fields |= {f"{stage}.log_every": 1, f"{stage}.data.directory": folder / "data"}
+    fields |= {"data.directory": folder / "data", "stage1.sample_every": 3}
+    fields |= {f"{stage}.log_every": 1 for stage in STAGES}
     job = several.Job(
         workdir,
         several.command(

@@ -101,6 +101,25 @@ def test_when_nothing_is_intact_training_does_not_start_anew(workdir):
     assert checkpoint.steps(workdir / "checkpoints") == [8, 12]
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        MemoryError(),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+        ValueError("UNAVAILABLE: error reading the bucket"),
+        PermissionError("not yours"),
+    ],
+)
+def test_what_cannot_be_read_now_is_not_damaged(workdir, trained, fault):
+    """A run does not go back to an older checkpoint, nor is told to move this one away."""
+    with mock.patch.object(checkpoint, "_read", side_effect=fault):
+        with pytest.raises(UserError, match=r"a checkpoint cannot be read now: .* may be whole"):
+            restore(workdir)
+        assert not checkpoint.is_finished(workdir, 12)
+    assert checkpoint.steps(workdir / "checkpoints") == [8, 12]
+    jax.tree.map(np.testing.assert_array_equal, restore(workdir), restore(trained))
+
+
 def test_loading_a_model_passes_damage_over_and_changes_nothing(workdir):
     truncate(largest_file(workdir / "checkpoints" / "12" / "model"))
     _, params = checkpoint.load_model(workdir)

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import os
@@ -87,10 +88,13 @@ def test_a_finished_run_returns_at_once(finished, capsys):
     assert "finished, all 12 steps" in capsys.readouterr().out
 
 
-def test_a_longer_run_goes_on_to_the_same_bits(tmp_path):
+def test_a_longer_run_goes_on_to_the_same_bits(tmp_path, caplog):
+    """But for what depends on its length, as is told: the fake stage has no such rate."""
     assert jobs.run(fake.config(steps=7), tmp_path / "once")
     assert jobs.run(fake.config(steps=5, log_every=1), tmp_path / "twice")
+    assert "goes on to" not in caplog.text
     assert jobs.run(fake.config(steps=7), tmp_path / "twice")
+    assert "twice was made for 5 steps and goes on to 7: its rate" in caplog.text
     a, b = final_state(tmp_path / "once"), final_state(tmp_path / "twice")
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -165,7 +169,8 @@ def test_a_workdir_of_another_config_is_refused(finished):
     with pytest.raises(UserError, match=r"made for 12 steps and config.steps is now 3"):
         jobs.run(fake.config(steps=3), finished)
     assert jobs.run(fake.config(mesh={"data": 1}), finished)  # the mesh may be another
-    assert jobs.run(fake.config(model={"attention": "xla"}), finished)
+    assert jobs.run(fake.config(model={"attention": "xla", "remat": "full"}), finished)
+    assert jobs.run(fake.config(accumulate=2), finished)  # where memory has become short
     without = fake.config().copy_and_resolve_references().unlock()
     del without.bad_loss_at
     with pytest.raises(UserError, match="bad_loss_at was -1 and is now absent"):
@@ -315,12 +320,27 @@ def test_guidance_needs_a_model_that_was_trained_for_it(finished, tmp_path):
     run("3", False, guidance=2.0, drop_rate=0.1)
     with pytest.raises(UserError, match=r"with config\.drop_rate=0 the model learns no"):
         run("4", False, guidance=2.0, drop_rate=0.0)
-    # A model may have it from its base, and so may a teacher.
-    own = fake.config(guidance=2.0, drop_rate=0.0, init_from={"base": "somewhere"})
-    checks.validate(own)
+
+
+@pytest.mark.parametrize("base", [0.1, 0.0, None])
+def test_a_teacher_may_know_no_condition_from_its_base(base):
+    """Where the base has gone since, it may have."""
+    teacher = fake.config(drop_rate=0.0, init_from={"base": "base"})
+
+    def find(path):
+        if path == "teacher":
+            return teacher
+        if base is None:
+            raise UserError("no such folder")
+        return fake.config(drop_rate=base, init_from={})
+
     guided = asking("fake", guided=True)(fake.config())
-    child = fake.config(guidance=2.0, init_from={"teacher": "elsewhere"})
-    checks.check_parents(child, guided, lambda path: own)
+    child = fake.config(guidance=2.0, init_from={"teacher": "teacher"})
+    told = contextlib.nullcontext()
+    if base == 0.0:
+        told = pytest.raises(UserError, match=r"was trained with config\.drop_rate=0 and knows no")
+    with told:
+        checks.check_parents(child, guided, find)
 
 
 def test_a_field_that_a_parent_leaves_out_has_the_default():
@@ -364,6 +384,18 @@ def test_a_parent_of_another_pattern_is_told(finished, tmp_path, caplog):
     assert "config.pattern" not in caplog.text
     jobs.run(fake.config(**changes, pattern={"chunk": 3}), tmp_path / "other")
     assert re.search("trained with config.pattern {'chunk': 1, .*, not {'chunk': 3, ", caplog.text)
+
+
+def test_more_given_frames_than_a_base_was_trained_with_are_told(caplog):
+    base = fake.config().copy_and_resolve_references().unlock()
+    base.stage = "bidirectional"
+    stage = asking("bidirectional")(fake.config())
+    for rate, given, told in ((0.5, 1, False), (0.0, 1, True), (0.5, 2, True), (0.0, 0, False)):
+        caplog.clear()
+        base.given_rate = rate
+        child = fake.config(given=given, init_from={"teacher": "base"})
+        checks.check_parents(child, stage, lambda path: base)
+        assert ("given frames at most, and config.given is" in caplog.text) == told
 
 
 def test_samples_that_cannot_be_drawn_are_told_before_training(tmp_path):
