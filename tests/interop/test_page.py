@@ -1,4 +1,4 @@
-"""The tables of docs/method.md say what to call for each quantity, and it can be called."""
+"""The tables of docs/interop.md say what to call for each quantity, and it can be called."""
 
 import dataclasses
 import functools
@@ -19,9 +19,8 @@ from cfpp.stages import consistency as stage2
 from cfpp.stages import dmd, ode
 from tests import tiny
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "method.md"
-SECTION = PAGE.read_text().partition("## From quantity to function")[2]
-LINES = re.findall(r"^\| ([^|]+) \| `([^`]+)` \|$", SECTION, re.MULTILINE)
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "interop.md"
+LINES = re.findall(r"^\| ([^|]+) \| `([^`]+)` \|$", PAGE.read_text(), re.MULTILINE)
 FRAMES, CHUNKS = 6, 2
 
 

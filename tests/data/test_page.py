@@ -1,0 +1,40 @@
+"""What docs/data.md tells a reader to write is a dataset, and its command trains on it."""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from cfpp import evaluate
+from cfpp.data import pipeline, sources
+from cfpp.errors import UserError
+from cfpp.train import checks
+from configs import quickstart
+
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "data.md").read_text()
+
+
+def episodes(split):
+    rng = np.random.default_rng(len(split))
+    for frames in (30, 40) if split == "train" else (13, 30):
+        yield rng.integers(256, size=(frames, 64, 96, 3), dtype=np.uint8), np.arange(frames) % 7
+
+
+def test_own_videos(tmp_path):
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(program.replace("/data/tfds", str(tmp_path)), {"my_episodes": episodes})
+    (command,) = re.findall(r"```\n(python -m cfpp.main.*?)```", PAGE, re.DOTALL)
+    (variant,) = re.findall(r"--config=configs/quickstart.py:(\w+)", command)
+    options = dict(re.findall(r"--config\.(\S+)=(\S+)", command))
+    options = {name: int(value) if value.isdigit() else value for name, value in options.items()}
+
+    config = quickstart.get_config(variant)
+    config.update_from_flattened_dict(options | {"data.directory": str(tmp_path)})
+    for job in config.jobs:
+        checks.check(config[job], lambda path: config[path.removeprefix("../")])
+    sources.prepare(config.stage3.data)
+    batch = next(pipeline.train_batches(config.stage0.data, 2, seed=0))
+    assert batch["video"].shape == (2, 8, 64, 96, 3)
+    with pytest.raises(UserError, match=r"my_game has 3 clips of 13 frames, but 128 are asked for"):
+        evaluate.check(config.evaluate, config.stage0.data)
