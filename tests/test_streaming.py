@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import json
 import os
+import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -59,6 +61,14 @@ def test_any_number_of_frames(workdir, capsys):
     said = capsys.readouterr().out
     assert "first frame after:" in said and "frames/s" in said
     assert "network passes a frame: 2" in said
+
+
+def test_the_readmes_program_streams(workdir):
+    page = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(program.replace("runs/quickstart", str(workdir)), names)
+    assert names["frame"].shape == (1, 1, 32, 32, 3)
 
 
 def test_the_workdir_may_be_relative(workdir, monkeypatch):
