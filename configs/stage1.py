@@ -28,6 +28,5 @@ def get_config(arg: str = ""):
     else:
         # In small worlds more steps do more than larger batches, at first (docs/experiments.md).
         config.batch_size, config.ema.decay = 4, 0.995
-    if options.world == "arena":
-        config.resample.rate = 0.5  # not tried elsewhere
+        config.resample.rate = 0.5
     return config

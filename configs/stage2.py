@@ -22,12 +22,14 @@ def get_config(arg: str = ""):
     config.init_from.teacher = "runs/stage1"
     if options.world == "arena":
         config.batch_size, config.ema.decay = 4, 0.95
-        # What a coarse grid learns soon, a finer one refines (docs/experiments.md).
-        config.grid_steps, config.grid_doublings = 8, 2
+        config.grid_steps = 8
     if options.world == "wan_1_3b":
         config.steps = 5000
         config.optimizer = common.wan_optimizer()
         config.grid_steps = 48
         config.guidance = 3.0
         config.ema.decay = 0.99
+    else:
+        # What a coarse grid learns soon, a finer one refines (docs/experiments.md).
+        config.grid_doublings = 2
     return config
