@@ -14,6 +14,13 @@ class UserError(Exception):
     """
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, what it was raised from, what that was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def one_line(error: Exception) -> str:
     """What an exception says, without line breaks."""
     return " ".join(str(error).split())

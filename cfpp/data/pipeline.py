@@ -183,8 +183,7 @@ def test_clips(data_config: ml_collections.ConfigDict, count: int, frames: int) 
     if not found:
         raise UserError(
             f"the test split of {data_config.name} has {len(clips)} clips of {frames} frames, but "
-            f"{count} are asked for; ask for fewer or shorter ones (an evaluation takes "
-            "2 x evaluate.episodes)"
+            f"{count} are asked for; ask for fewer or shorter ones"
         )
     return jax.tree.map(lambda *parts: np.stack(parts), *clips)
 

@@ -66,21 +66,39 @@ class Settings:
 
 
 def check(config: ml_collections.ConfigDict, data_config: ml_collections.ConfigDict) -> None:
-    """Checks `config.evaluate` before there are models, or a recording.
+    """Checks `config.evaluate` before there are models, or data.
 
     Raises:
-      UserError: a setting is out of range, or more clips are asked for than there are or will be.
+      UserError: a setting is out of range, or more clips are asked for than will be recorded.
     """
     settings = Settings(**config)
     recorded = sources.recorded_clips(data_config, settings.length)
-    if recorded is None:  # the data are there already
-        pipeline.test_clips(data_config, settings.clips, settings.length)
-    elif recorded < settings.clips:
+    if recorded is not None and recorded < settings.clips:
         raise UserError(
             f"evaluate.episodes is {settings.episodes}, which takes {settings.clips} clips of "
             f"{settings.length} frames; {data_config.name} is recorded with {recorded} such "
             "held-out clips (data.episodes, data.episode_frames)"
         )
+
+
+def check_clips(config: ml_collections.ConfigDict, data_config: ml_collections.ConfigDict) -> None:
+    """Checks that the data, which must be prepared, have the clips that `config.evaluate` takes.
+
+    Of a recording `check` has told it already.
+
+    Raises:
+      UserError: they have fewer.
+    """
+    settings = Settings(**config)
+    if sources.recorded_clips(data_config, settings.length) is not None:
+        return
+    try:
+        pipeline.test_clips(data_config, settings.clips, settings.length)
+    except UserError as error:
+        raise UserError(
+            f"no evaluation of {settings.episodes} episodes (evaluate.episodes), which takes twice "
+            f"as many clips: {error}"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

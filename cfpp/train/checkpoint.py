@@ -34,7 +34,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from cfpp import paths
-from cfpp.errors import UserError, first_line
+from cfpp.errors import UserError, causes, first_line
 from cfpp.models import shapes
 from cfpp.models.network import FIELDS, Network, Params
 from cfpp.parallel import hosts
@@ -511,14 +511,12 @@ def _damage(together: bool = False) -> Iterator[None]:
         raise DamageError(line) from cause
 
 
-def _passes(error: BaseException | None) -> bool:
+def _passes(error: BaseException) -> bool:
     """Whether what went wrong, or a cause of it, is no fault of what was read."""
-    if error is None:
-        return False
-    if isinstance(error, MemoryError | PermissionError | TimeoutError | ConnectionError):
-        return True
-    return any(word in str(error) for word in PASSING) or _passes(
-        error.__cause__ or error.__context__
+    kinds = MemoryError | PermissionError | TimeoutError | ConnectionError
+    return any(
+        isinstance(cause, kinds) or any(word in str(cause) for word in PASSING)
+        for cause in causes(error)
     )
 
 

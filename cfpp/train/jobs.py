@@ -49,6 +49,8 @@ def run(config: Config, workdir: str, profile: bool = False) -> bool:
             workdirs.check(job, folders[name])
             if name not in done:
                 _prepare(resolved[name])
+    if "evaluate" in config and len(done) < len(jobs):
+        evaluate.check_clips(config.evaluate, next(iter(resolved.values())).data)
     if "jobs" in config:
         workdirs.claim(config, workdir)
     for name, job in jobs.items():

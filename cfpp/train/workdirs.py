@@ -14,7 +14,7 @@ from etils import epath
 from flax import traverse_util
 
 from cfpp import paths
-from cfpp.errors import UserError
+from cfpp.errors import UserError, causes
 from cfpp.parallel import hosts
 
 # Fields of a stage that may change between the starts of a run, since no step depends on them, or
@@ -58,14 +58,14 @@ def disk_faults(where: epath.PathLike, hint: str) -> Iterator[None]:
         raise UserError(f"{where}: {reason}; {hint}") from error
 
 
-def refusal(error: BaseException | None) -> str | None:
+def refusal(error: BaseException) -> str | None:
     """What the disk refuses, according to an exception or its causes; None if it is no disk's."""
-    if error is None:
-        return None
-    if "No space left on device" in str(error):
-        return FAULTS_OF_THE_DISK[errno.ENOSPC]
-    reason = FAULTS_OF_THE_DISK.get(getattr(error, "errno", None))
-    return reason or refusal(error.__cause__ or error.__context__)
+    for cause in causes(error):
+        if "No space left on device" in str(cause):
+            return FAULTS_OF_THE_DISK[errno.ENOSPC]
+        if reason := FAULTS_OF_THE_DISK.get(getattr(cause, "errno", None)):
+            return reason
+    return None
 
 
 def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
@@ -96,6 +96,8 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     with disk_faults(workdir, "choose another --workdir"):
         if hosts.is_first():
             workdir.mkdir(parents=True, exist_ok=True)
+            if (workdir / "config.json").exists():
+                _tell_of_more_steps(config, workdir)
             write_config(config, workdir)
     hosts.meet("claimed")
 
@@ -230,13 +232,6 @@ def _compare(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
             continue
         if field == "steps" and isinstance(old.get(field), int):
             if new[field] > old[field]:
-                logging.warning(
-                    "%s was made for %d steps and goes on to %d: its rate, and a grid that "
-                    "doubles, are from here on those of the longer run",
-                    workdir,
-                    old[field],
-                    new[field],
-                )
                 continue
             raise UserError(
                 f"{workdir} was made for {old[field]} steps and config.steps is now {new[field]}; "
@@ -245,6 +240,19 @@ def _compare(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         raise UserError(
             f"{workdir} was made with another configuration: {field} was {_show(old, field)} and "
             f"is now {_show(new, field)}; set it back, or choose another --workdir"
+        )
+
+
+def _tell_of_more_steps(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Warns where a run becomes longer, before its old configuration is replaced."""
+    before = _read(workdir / "config.json").get("steps")
+    if config.get("steps") != before:
+        logging.warning(
+            "%s was made for %d steps and goes on to %d: its rate, and a grid that doubles, are "
+            "from here on those of the longer run",
+            workdir,
+            before,
+            config.steps,
         )
 
 

@@ -37,4 +37,4 @@ def test_own_videos(tmp_path):
     batch = next(pipeline.train_batches(config.stage0.data, 2, seed=0))
     assert batch["video"].shape == (2, 8, 64, 96, 3)
     with pytest.raises(UserError, match=r"my_game has 3 clips of 13 frames, but 128 are asked for"):
-        evaluate.check(config.evaluate, config.stage0.data)
+        evaluate.check_clips(config.evaluate, config.stage0.data)

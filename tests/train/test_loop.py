@@ -95,6 +95,7 @@ def test_a_longer_run_goes_on_to_the_same_bits(tmp_path, caplog):
     assert "goes on to" not in caplog.text
     assert jobs.run(fake.config(steps=7), tmp_path / "twice")
     assert "twice was made for 5 steps and goes on to 7: its rate" in caplog.text
+    assert caplog.text.count("goes on to") == 1
     a, b = final_state(tmp_path / "once"), final_state(tmp_path / "twice")
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
