@@ -47,11 +47,8 @@ def get_config(arg: str = ""):
             job.batch_size = 16
             job.log_every, job.save_every = 100, 1000  # of some dozens a second
         config[name] = job
-    for group in (
-        "data",
-        "model",
-        "mesh",
-    ):  # the very same objects: to set a field of one sets it for all
+    # The very same objects: to set a field of one sets it for all.
+    for group in ("data", "model", "mesh"):
         config[group] = config.stage0[group]
         for name in JOBS:
             config[name][group] = config[group]

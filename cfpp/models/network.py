@@ -52,8 +52,8 @@ def guided(velocity: flow.Velocity, weight: float) -> flow.Velocity:
 def is_product(path: Any) -> bool:
     """Whether the parameter at a path of `jax.tree_util` is a matrix of a block.
 
-    Nearly all parameters are, and their products take them in `dit.dtype`; all else is used in
-    float32.
+    Nearly all parameters are, and their products take them in `dit.dtype`; much of the rest is used
+    in float32.
     """
     names = [getattr(key, "key", None) for key in path]  # a box adds a key of another kind
     return names[0] == "blocks" and "kernel" in names

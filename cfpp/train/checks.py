@@ -222,8 +222,8 @@ def check_parents(
 
     Raises:
       UserError: a parent of another architecture or stage, or guidance that it, or the stage's own
-        model, was not trained for.
-        Of an unusual stage, or another attention pattern, it is told: that may be an ablation.
+        model, was not trained for. Of an unusual stage, another attention pattern, or more given
+        frames, it is told: that may be an ablation.
     """
     if config.get("guidance", 1.0) != 1.0 and is_untaught(config, find):
         raise UserError(
