@@ -20,10 +20,12 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
+from cfpp.data.actions import held_actions
 from cfpp.errors import UserError
 
 SIZE = 32  # height and width of a frame, pixels
 NUM_ACTIONS = 5  # stay, up, down, left, right
+LONGEST_HOLD = 6  # frames a random action is held, at most
 NUM_BALLS = 2
 
 GROUND = 20  # brightness of the ground in every channel
@@ -146,8 +148,8 @@ class _Chance:
 def simulate(seed: int | Sequence[int], actions: np.ndarray) -> Episode:
     """Plays an episode; bit for bit the same for the same seed and actions.
 
-    The world starts one frame before the first, in its stationary law (the agent uniform over all
-    places), so the first action has its effect too.
+    The world starts one frame before the first, so the first action has its effect too: the balls
+    in their stationary law, the agent uniform over all places.
 
     Args:
       seed: non-negative integer or several, the source of the start and of the kicks.
@@ -219,8 +221,7 @@ def random_actions(rng: np.random.Generator, frames: int) -> np.ndarray:
     """Random actions int32 [frames], each held for 1 to 6 frames (uniform)."""
     if frames < 1:
         raise UserError(f"{frames} frames of random actions asked for; ask for at least 1")
-    actions = rng.integers(NUM_ACTIONS, size=frames)
-    return np.repeat(actions, rng.integers(1, 7, size=frames))[:frames].astype(np.int32)
+    return np.fromiter(held_actions(rng, NUM_ACTIONS, LONGEST_HOLD), np.int32, frames)
 
 
 def successors(

@@ -1,6 +1,7 @@
 """Recording and reading datasets, and what is said when that cannot be done."""
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from cfpp.data import arena, pipeline, recording, sources
+from cfpp.data.arena_dataset import arena_dataset_dataset_builder
 from cfpp.errors import UserError
 from tests.data.small import make_config
 
@@ -39,6 +41,20 @@ def test_arena_episodes_follow_from_their_seeds(arena_config, split, number, epi
         np.testing.assert_array_equal(recorded[index]["video"], expected["video"])
         for name, values in expected["states"].items():
             np.testing.assert_array_equal(recorded[index]["states"][name], values)
+
+
+def test_actions_tell_nothing_of_chance(tmp_path):
+    """From the world's own random stream they did: correlations of 0.5 with the first frame."""
+    config = arena_dataset_dataset_builder.ArenaConfig(episodes=400, episode_frames=40)
+    builder = arena_dataset_dataset_builder.Builder(config=config, data_dir=tmp_path)
+    episodes = list(itertools.islice(builder.play("train"), 400))
+    first = [[values[0].ravel() for values in e["states"].values()] for e in episodes]
+    chance = np.stack([np.concatenate(values) for values in first]).astype(float)
+    actions = np.stack([episode["actions"] for episode in episodes])
+    held = np.concatenate([actions == a for a in range(arena.NUM_ACTIONS)], 1).astype(float)
+    standard = lambda x: (x - x.mean(0)) / x.std(0)
+    correlation = standard(chance).T @ standard(held) / len(episodes)
+    assert np.abs(correlation).max() < 0.25  # 5 standard errors, for 3,600 pairs
 
 
 def test_what_is_recorded_is_not_recorded_again(arena_config, monkeypatch):

@@ -25,7 +25,8 @@ class ArenaConfig(recording.RecordingConfig):
 class Builder(recording.EpisodeBuilder):
     """Arena episodes with the states behind their frames."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {"2.0.0": "Actions have a random stream of their own."}
 
     def features(self) -> tfds.features.FeaturesDict:
         """Video, actions and `States`."""
@@ -44,8 +45,8 @@ class Builder(recording.EpisodeBuilder):
         number = 0
         while True:
             seed = [recording.SPLITS.index(split), number]
-            actions = arena.random_actions(
-                np.random.default_rng(seed), self.builder_config.episode_frames
-            )
+            # A stream of their own: from the world's they would tell of its chances.
+            rng = np.random.default_rng([*seed, 1])
+            actions = arena.random_actions(rng, self.builder_config.episode_frames)
             yield arena.simulate(seed, actions)
             number += 1
