@@ -241,7 +241,7 @@ MUTATIONS = (
     ),
     Mutation(
         "ode_endpoint", "ODE regression stops one step before the end", "cfpp/stages/ode.py",
-        "jnp.tile(path[-1]", "jnp.tile(path[-2]", (f"{WIRING}ode",),
+        "repeat_draws(path[-1]", "repeat_draws(path[-2]", (f"{WIRING}ode",),
     ),
     Mutation(
         "matching_sign", "the matching gradient points away from the data", "cfpp/stages/dmd.py",
@@ -264,7 +264,7 @@ MUTATIONS = (
     Mutation(
         "critic_stale", "every step of the critic sees the same rollout", "cfpp/stages/dmd.py",
         "lambda state, rng: train_critic(state, x0, condition, rng)",
-        "lambda state, rng: train_critic(state, x0, condition, critic_rngs[0])",
+        "lambda state, rng: train_critic(state, x0, condition, rngs[1])",
         (f"{WIRING}matching",),
     ),
     Mutation(

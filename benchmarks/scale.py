@@ -218,7 +218,7 @@ def main() -> None:
     options = parser.parse_args()
     read = lambda path: json.loads(path.read_text()) if path.exists() else []
     rows, replay_rows = read(RESULTS), read(REPLAY)
-    if not replay_rows and not options.table:
+    if options.replay or not (replay_rows or options.table):
         replay_rows = [replay_row(chunk) for chunk in (7, 1)]
         REPLAY.write_text(json.dumps(replay_rows, indent=1) + "\n")
     for topology in () if options.table or options.replay else options.slices:

@@ -1,10 +1,10 @@
 """What the configs of all stages share: worlds (data and network sizes) and the fields of a run.
 
 A config's argument is a comma-separated list: at most one world (`arena`, `atari`, `wan_1_3b`), and
-options `chunk=N`, `smoke`. Stage files add their own fields.
+options `chunk=N`, `smoke` and, in stage 3, `teacher=14b`. Stage files add their own fields.
 
 `wan_1_3b` is Wan 2.1 1.3B at the published size: 21 latent frames of 60 x 104 x 16, 512 tokens of
-text, and the published hyperparameters. Its batch of 64 clips is a choice of ours.
+text, and the published hyperparameters (docs/method.md tells where they differ).
 """
 
 import ml_collections
@@ -204,6 +204,7 @@ def wan_optimizer(rate: float = 2e-6) -> ConfigDict:
     """AdamW as published for Wan 2.1 1.3B, at a constant rate."""
     config = optimizer("adamw", rate)
     config.b1 = 0.0
+    config.weight_decay, config.clip = 0.01, 10.0
     config.schedule, config.warmup = "constant", 0
     del config.final_rate
     return config

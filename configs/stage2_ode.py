@@ -22,6 +22,8 @@ def get_config(arg: str = ""):
         config.steps = 5000
         config.optimizer = common.wan_optimizer()
         config.grid_steps = 48
+        config.optimizer.b1 = 0.9
+        config.positions = (1000.0, 750.0, 500.0, 250.0)
         config.guidance = 3.0
-        config.ema.decay = 0.99
+        config.ema.start = config.steps  # published without an average
     return config

@@ -38,7 +38,7 @@ def patterns(draw):
     chunk, sink = draw(st.integers(1, 3)), draw(st.integers(0, 3))
     first_chunk = draw(st.none() | st.integers(1, 3))
     window = draw(st.none() | st.integers(max(chunk, first_chunk or 0) + sink, 9))
-    return Pattern(chunk, first_chunk, window, sink)
+    return Pattern(chunk, first_chunk, window, sink if window else 0)
 
 
 @given(patterns() | st.just(Pattern(chunk=None)), st.integers(1, 9), st.integers(1, 3))

@@ -32,8 +32,8 @@ class Implementation(NamedTuple):
       platforms: on which it runs: 'cpu', 'gpu', 'tpu'; where none is named, on any.
       interpreted: whether it is a kernel that Pallas's interpreter runs on a CPU: slow, for tests.
       cached: whether it can attend to a cache; where not, 'auto' does that part of the work.
-      dtypes: of queries, that it takes; where none is named, any.
-      head_dim: of the widest heads that it takes; None is any.
+      dtypes: of queries that 'auto' leaves to it; where none is named, any.
+      head_dim: of the widest heads that 'auto' leaves to it; None is any.
     """
 
     function: str

@@ -56,6 +56,8 @@ class Pattern:
                 if size is not None:
                     raise ValueError(f"a bidirectional pattern has no {name}, got {size}")
         if self.window is None:
+            if self.sink:
+                raise ValueError(f"a sink of {self.sink} frames needs a window to stay in")
             return
         largest = max(self.chunk, self.first_chunk or 0)
         if self.window < self.sink + largest:

@@ -160,8 +160,8 @@ def test_clips(data_config: ml_collections.ConfigDict, count: int, frames: int) 
       frames: length of each.
 
     Returns:
-      {'video': uint8 [count, frames, H, W, 3], 'actions': int32 [count, frames]} and, where the
-      world has them, 'states' with the same leading axes.
+      {'video': uint8 [count, frames, H, W, 3], 'actions': int32 [count, frames]}, the number of
+      each clip's episode, 'episode' int32 [count], and, where the world has them, 'states'.
 
     Raises:
       UserError: if there are not that many.
@@ -177,7 +177,7 @@ def test_clips(data_config: ml_collections.ConfigDict, count: int, frames: int) 
                 break
             episode = episodes[index]
             if len(episode["video"]) >= start + frames:
-                clips.append(_cut(episode, start, frames))
+                clips.append(_cut(episode, start, frames) | {"episode": np.int32(index)})
                 found = True
         start += frames
     if not found:

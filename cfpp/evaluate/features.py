@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cfpp.models import codec
+
 FILTERS = 16  # at each of two resolutions
 KERNEL = 5  # pixels
 WINDOW = 3  # frames that one feature vector sees
@@ -36,7 +38,7 @@ def motion_features(video: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _features(clip: jax.Array, bank: jax.Array) -> jax.Array:
-    clip = clip.astype(jnp.float32) / 127.5 - 1
+    clip = codec.encode(clip)
     even = clip[:, : clip.shape[1] // 2 * 2, : clip.shape[2] // 2 * 2]
     half = einops.reduce(even, "t (h p) (w q) c -> t h w c", "mean", p=2, q=2)
     pooled = []

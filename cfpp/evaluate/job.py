@@ -57,6 +57,7 @@ def run(workdir: epath.PathLike, settings: Settings) -> None:
         table.Report(
             data=data_config.name,
             settings=settings,
+            episodes=yardstick.episodes,
             rows=results,
             actions=yardstick.actions,
             num_actions=data_config.num_actions,

@@ -108,6 +108,7 @@ class Yardstick:
     Attributes:
       settings: see `Settings`.
       video: uint8 `[E, context + frames, H, W, 3]`, the real clips.
+      episodes: how many episodes they are cut from: E, or fewer where there are too few.
       actions: int32 `[E, context + frames]`.
       states: of the arena, `[E, context + frames, ...]`; None in other worlds.
       starts: int, episodes from whose first frame directions are sampled; empty in other worlds.
@@ -117,6 +118,7 @@ class Yardstick:
 
     settings: Settings
     video: np.ndarray
+    episodes: int
     actions: np.ndarray
     states: arena.States | None
     starts: np.ndarray
@@ -154,6 +156,7 @@ def prepare(data_config: ml_collections.ConfigDict, settings: Settings) -> Yards
     return Yardstick(
         settings=settings,
         video=video,
+        episodes=len(np.unique(clips["episode"][:episodes])),
         actions=actions,
         states=states,
         starts=starts,

@@ -54,11 +54,16 @@ def markdown(report: Report) -> str:
 def _introduction(report: Report) -> str:
     settings = report.settings
     given = "one given frame" if settings.context == 1 else f"{settings.context} given frames"
+    clips, error = f"{settings.episodes} held-out episodes", "mean ± standard error over episodes."
+    if report.episodes < settings.episodes:
+        clips = f"{settings.episodes} clips of {report.episodes} held-out episodes"
+        error = (
+            "mean ± standard error over clips, which is too small: those of one episode are alike."
+        )
     return (
-        f"{settings.episodes} held-out episodes of {report.data}: from {given} and the episode's "
-        f"actions, each model continues for {settings.frames} frames, on its own history. All "
-        "rows start from the same frames, take the same actions and the same seeds. Figures are "
-        "mean ± standard error over episodes."
+        f"{clips} of {report.data}: from {given} and the episode's actions, each model continues "
+        f"for {settings.frames} frames, on its own history. All rows start from the same frames, "
+        f"take the same actions and the same seeds. Figures are {error}"
     )
 
 

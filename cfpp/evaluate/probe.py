@@ -14,6 +14,8 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from cfpp.models import codec
+
 BATCH = 128
 LEARNING_RATE = 4e-3
 MAX_FRAMES = 16_384  # of real clips kept in memory: 200 MB at 64x64
@@ -31,7 +33,7 @@ class InverseDynamics(nn.Module):
     @nn.compact
     def __call__(self, before: jax.Array, after: jax.Array) -> jax.Array:
         """Maps two frames, uint8 `[B, H, W, 3]`, to logits, float32 `[B, num_actions]`."""
-        before, after = (frame.astype(jnp.float32) / 127.5 - 1 for frame in (before, after))
+        before, after = codec.encode(before), codec.encode(after)
         x = jnp.concatenate([after, after - before], axis=-1)
         uniform = nn.initializers.lecun_uniform()  # compiles faster than the default
         width = 16

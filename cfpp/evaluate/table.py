@@ -45,7 +45,7 @@ class Job(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Time spent in training steps: without compiling, reading and saving."""
+        """Time spent in training steps: without compiling, saving and sampling."""
         last, total = 0, 0.0
         for row in self.log:
             total += (row["step"] - last) / row["steps_per_second"]
@@ -59,6 +59,7 @@ class Report(NamedTuple):
     Attributes:
       data: name of the data source.
       settings: of the evaluation.
+      episodes: that its clips are cut from.
       rows: the real clips first.
       actions: int32 `[E, context + frames]`.
       num_actions: of the world.
@@ -75,6 +76,7 @@ class Report(NamedTuple):
 
     data: str
     settings: Settings
+    episodes: int
     rows: Sequence[Result]
     actions: np.ndarray
     num_actions: int
@@ -131,7 +133,7 @@ def columns(report: Report) -> list[Column]:
         Column(
             "speed", "Frames", "per second", "", False, 0,
             "frames generated per second for one viewer (batch 1), compilation not counted; its "
-            "error is over repeated runs.",
+            "error is over the pieces of one stream.",
         ),
         Column(
             "agent_error", "Agent error", f"px at frame {last}", "less", False, 2,

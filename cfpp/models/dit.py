@@ -282,7 +282,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """The network. Its attributes are the fields of `config.model`.
+    """The network. Its attributes are the fields of `config.model`, but for `history_gradient`.
 
     Attributes:
       channels: channels of a latent frame.

@@ -4,7 +4,8 @@ The mesh has the axes
 
     data     clips; parameters are repeated
     fsdp     clips; parameters are divided, and gathered where they are used
-    context  the tokens within each frame, and, inside attention, heads (see `parallel.context`)
+    context  the tokens within each frame, and, inside attention, heads (see `parallel.context`);
+             parameters as by fsdp
     tensor   heads and the width of the MLPs
 
 Parameters carry logical axis names (`flax.linen.with_logical_partitioning`), which `STORED` maps to

@@ -397,10 +397,10 @@ def for_stage(
       UserError: the stage's model cannot stream, or not like this.
     """
     network = network.without_unrolling()
-    if network.pattern.window is None:
-        raise UserError("the model's pattern has no window, which streaming in a cache needs")
     if config.stage == "bidirectional":
         raise UserError("a bidirectional model cannot stream; take one of stage 1, 2 or 3")
+    if network.pattern.window is None:
+        raise UserError("the model's pattern has no window, which streaming in a cache needs")
     if config.stage == "ar_diffusion":
         if first_steps is not None:
             raise UserError("a teacher takes as many steps for the first chunk as for the others")

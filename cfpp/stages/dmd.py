@@ -264,13 +264,10 @@ def build(config) -> Stage:
 
     def step(state, batch, rng):
         x0, condition = unpack(batch)
-        student_rng, *critic_rngs = jax.random.split(rng, 1 + config.critic_steps)
-        state, critic_loss = jax.lax.scan(
-            lambda state, rng: train_critic(state, x0, condition, rng),
-            state,
-            jnp.stack(critic_rngs),
-        )
-        state, metrics = train_student(state, x0, condition, student_rng)
+        rngs = jax.random.split(rng, 1 + config.critic_steps)
+        critic_step = lambda state, rng: train_critic(state, x0, condition, rng)
+        state, critic_loss = jax.lax.scan(critic_step, state, rngs[1:])
+        state, metrics = train_student(state, x0, condition, rngs[0])
         return state, metrics | {"critic_loss": jnp.mean(critic_loss)}
 
     origin = {"bidirectional": "bidirectional", "causal": "ar_diffusion"}[config.real_score]

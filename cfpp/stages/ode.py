@@ -10,6 +10,7 @@ Each step of training solves the trajectories of its own batch: N teacher steps,
 one. The points of a trajectory are draws of one clean pass.
 """
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,7 @@ from cfpp.stages.stage import (
     freeze,
     inherit,
     optimizer,
+    repeat_draws,
     start,
     unpack,
 )
@@ -93,9 +95,9 @@ def build(config) -> Stage:
             clean, condition, noise = inputs
             teacher = network.teacher_forced(teacher_params, clean, condition, config.guidance)
             path = trajectory(teacher, noise, grid, config.solver)
-            x = jnp.concatenate(list(path[points]), 1)  # [B, points * F, ...]
-            sigma = jnp.repeat(grid[points], clean.shape[1])[None].repeat(len(clean), 0)
-            endpoint = jnp.tile(path[-1], (1, len(points), 1, 1, 1))
+            x = einops.rearrange(path[points], "p b f ... -> b (p f) ...")
+            sigma = jnp.broadcast_to(jnp.repeat(grid[points], clean.shape[1]), x.shape[:2])
+            endpoint = repeat_draws(path[-1], len(points))
             student = network.teacher_forced(params, clean, condition)
             return jnp.mean(loss(student, x, sigma, endpoint))
 

@@ -127,8 +127,9 @@ def optimizer(
     """The optimizer of `config.optimizer`: 'adamw' or 'muon', clipped, warmed up and decayed.
 
     Muon orthogonalises the updates of all matrices; Adam moves everything else, at `adam_rate` or,
-    where the configuration has none, at `rate`. The cosine ends at the share `final_rate` of the
-    peak or, without one, at 0.
+    where the configuration has none, at `rate`. `b1` and `b2` are Adam's. `weight_decay` is of all
+    parameters under 'adamw', of Muon's matrices alone under 'muon'. The cosine ends at the share
+    `final_rate` of the peak or, without one, at 0.
 
     Args:
       config: the fields of `group`.
@@ -140,12 +141,8 @@ def optimizer(
     """
     final_rate, adam_rate = config.get("final_rate", 0.0), config.get("adam_rate", config.rate)
     rates = {
-        "constant": lambda peak: optax.schedules.join_schedules(
-            [
-                optax.schedules.linear_schedule(0.0, peak, config.warmup),
-                optax.schedules.constant_schedule(peak),
-            ],
-            [config.warmup],  # `warmup_constant_schedule` stays at 0 for ever without a warmup
+        "constant": lambda peak: optax.schedules.warmup_constant_schedule(
+            0.0 if config.warmup else peak, peak, config.warmup
         ),
         "cosine": lambda peak: optax.schedules.warmup_cosine_decay_schedule(
             0.0, peak, config.warmup, max(steps, config.warmup + 1), final_rate * peak

@@ -243,7 +243,7 @@ def is_finished(workdir: epath.PathLike, last_step: int) -> bool:
     is_intact = path.exists()
     if is_intact:
         try:
-            _read_model(path)
+            _read_model(path, _host())
         except (DamageError, NotNowError):
             is_intact = False
     return _everywhere(is_intact)
@@ -270,6 +270,10 @@ def load_model(
 
 
 def _load(folder: epath.Path, sharding: Tree = None) -> Params:
+    done = steps(folder / "checkpoints")
+    last = workdirs.read_config(folder).get("steps", 0)
+    if done and done[-1] < last:
+        logging.warning("%s is not finished: it has come to step %d of %d", folder, done[-1], last)
     return _read_stored(folder, functools.partial(_read_model, sharding=sharding))
 
 
@@ -369,7 +373,7 @@ def export(path: epath.PathLike, out: epath.PathLike) -> None:
     out = epath.Path(out)
     if out.exists():
         raise UserError(f"{out} exists and is not overwritten; choose another --out")
-    config, params = load_model(path)
+    config, params = load_model(path, _host())
     temporary = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     handler = ocp.CompositeCheckpointHandler(**_handlers())
     with _saving(out), ocp.Checkpointer(handler) as checkpointer, contextlib.ExitStack() as stack:
@@ -386,6 +390,18 @@ def export(path: epath.PathLike, out: epath.PathLike) -> None:
         )
         workdirs.write_config(config, temporary)
         temporary.rename(out)
+
+
+def _host() -> jax.sharding.Sharding:
+    """The host's memory: a model may be too large for one device of those that it was trained on.
+
+    Where JAX is kept from it (`JAX_PLATFORMS`), the default device.
+    """
+    try:
+        devices = jax.local_devices(backend="cpu")
+    except RuntimeError:
+        devices = jax.local_devices()
+    return jax.sharding.SingleDeviceSharding(devices[0])
 
 
 def _handlers() -> dict[str, ocp.CheckpointHandler]:

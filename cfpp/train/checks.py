@@ -108,18 +108,22 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     chunk, window, sink = config.pattern.chunk, config.pattern.window, config.pattern.sink
     is_causal = config.stage != "bidirectional"
+    if is_causal and chunk is None:
+        raise UserError(
+            "config.pattern.chunk is None, with which all frames see all; give at least 1"
+        )
     if is_causal and config.sample_every and window is None:
         raise UserError(
             "config.pattern.window is None, but sample videos are streamed in a window; give one, "
             "or set config.sample_every=0"
         )
-    if is_causal and None not in (window, chunk) and window <= sink + chunk:
+    if is_causal and window is not None and window <= sink + chunk:
         raise UserError(
             f"config.pattern.window is {window}: with a sink of {sink} and chunks of {chunk} "
             f"frames no chunk sees the frame before it; give at least {sink + chunk + 1}"
         )
     first = config.pattern.first_chunk or chunk
-    if is_causal and chunk is not None and config.data.frames <= first:
+    if is_causal and config.data.frames <= first:
         raise UserError(
             f"config.data.frames is {config.data.frames}: with a first chunk of {first} frames no "
             f"chunk sees a frame before it; give at least {first + 1}"

@@ -106,14 +106,20 @@ def train(
                 rate = progress.log(step, means["loss"])
                 writer.write_scalars(step, means | {"steps_per_second": rate})
                 recent.clear()
-            if is_saved:
-                is_finite, fingerprint = checkpoint.inspect(state)
-                if not is_finite:
-                    raise diverged("state", step, checkpoints)
-                checkpoints.save(step, state, fingerprint, data)
-            if config.sample_every and (step % config.sample_every == 0 or step == config.steps):
-                with jax.set_mesh(device_mesh):
-                    samples.draw(config, state, step, writer, workdir)
+            is_sampled = config.sample_every and (
+                step % config.sample_every == 0 or step == config.steps
+            )
+            if is_saved or is_sampled:
+                jax.block_until_ready(state)
+            with progress.paused():
+                if is_saved:
+                    is_finite, fingerprint = checkpoint.inspect(state)
+                    if not is_finite:
+                        raise diverged("state", step, checkpoints)
+                    checkpoints.save(step, state, fingerprint, data)
+                if is_sampled:
+                    with jax.set_mesh(device_mesh):
+                        samples.draw(config, state, step, writer, workdir)
             if is_last:
                 break
 

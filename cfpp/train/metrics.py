@@ -1,10 +1,11 @@
 """What a run tells: `metrics.jsonl`, TensorBoard, and one line on the screen."""
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import numpy as np
@@ -148,6 +149,14 @@ class Progress:
         else:
             print(self._line(step), file=self._out, flush=True)
         return self._rate
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, time does not count as that of steps."""
+        begin = time.monotonic()
+        yield
+        step, mark = self._mark
+        self._mark = (step, mark + time.monotonic() - begin)
 
     def say(self, message: str) -> None:
         """Prints a line of its own."""

@@ -149,6 +149,7 @@ def test_test_clips_are_the_starts_of_the_test_episodes(arena_config):
     for i in range(10):
         np.testing.assert_array_equal(clips["video"][i], source[i]["video"][:5])
         np.testing.assert_array_equal(clips["actions"][i], source[i]["actions"][:5])
+    np.testing.assert_array_equal(clips["episode"], np.arange(10))
     states = clips["states"]
     np.testing.assert_array_equal(arena.render(states["agent"], states["balls"]), clips["video"])
 
@@ -156,6 +157,7 @@ def test_test_clips_are_the_starts_of_the_test_episodes(arena_config):
 def test_more_clips_than_episodes_go_on_in_the_episodes(arena_config):
     clips = pipeline.test_clips(arena_config, 3 * 64, 5)
     source = sources.open_split(arena_config, "test")
+    np.testing.assert_array_equal(clips["episode"], np.tile(np.arange(64), 3))
     np.testing.assert_array_equal(clips["video"][64 + 7], source[7]["video"][5:10])
     np.testing.assert_array_equal(clips["actions"][2 * 64 + 9], source[9]["actions"][10:15])
     with pytest.raises(UserError, match="has 192 clips of 5 frames, but 193"):

@@ -160,14 +160,14 @@ def test_other_worlds_leave_out_the_physics(tmp_path, num_actions):
     episodes = [{"video": v, "actions": a} for v, a in zip(video, actions, strict=True)]
     told = probe.train(episodes, num_actions, 1) if num_actions else None
     yardstick = measure.Yardstick(
-        settings, video, actions, None, np.zeros(0, int), told, scale,
+        settings, video, 4, actions, None, np.zeros(0, int), told, scale,
         measure.features.windows(video, scale),
     )  # fmt: skip
     rows = [job.real_row(yardstick)]
     figures = rows[0].figures | {"speed": metrics.Figure(100.0, 1.0)}
     rows.append(table.Result("dmd_2", "Student", 2, figures, video))
     written = table.Report(
-        data="atari:Boxing", settings=settings, rows=rows, actions=actions, num_actions=num_actions,
+        data="atari:Boxing", settings=settings, episodes=4, rows=rows, actions=actions, num_actions=num_actions,
         starts=0, jobs=[], real_score="bidirectional", perfect_directions=None, seconds=1.0,
         machine="M", versions={},
     )  # fmt: skip
@@ -175,6 +175,7 @@ def test_other_worlds_leave_out_the_physics(tmp_path, num_actions):
     readme = (tmp_path / "report" / "README.md").read_text()
     assert ("Action accuracy" in readme) == (num_actions > 0)
     assert "the bidirectional base of stage 0" in readme
+    assert "6 clips of 4 held-out episodes" in readme and "over clips, which is too small" in readme
     assert not any(word in readme for word in ("intact", "Agent error", "Directions", "loss.png"))
     assert not (tmp_path / "report" / "by_frame.png").exists()
 
@@ -187,7 +188,7 @@ def test_verdicts_need_two_standard_errors():
     def stage_3(mean):
         rows = [result("real", 1.0, 0.1), result("cd_2", 20.0, 3.0), result("dmd_2", mean, 4.0)]
         written = table.Report(
-            "arena", measure.Settings(), rows, np.zeros((2, 5), int), 5, 8, [], "causal", None,
+            "arena", measure.Settings(), 64, rows, np.zeros((2, 5), int), 5, 8, [], "causal", None,
             1.0, "M", {},
         )  # fmt: skip
         return next(found.text for found in table.findings(written) if "Stage 3 at" in found.topic)

@@ -32,6 +32,15 @@ def test_progress_off_a_terminal_is_a_line_a_log(clock):
     assert out.getvalue() == "stage: step 20/100, loss 0.25, 2 steps/s, 0:40 left\n"
 
 
+def test_what_is_done_between_steps_is_no_time_of_theirs(clock):
+    progress = metrics.Progress("stage", 100, 0, io.StringIO())
+    progress.step(1)
+    with progress.paused():
+        clock.return_value += 60
+    clock.return_value += 10
+    assert progress.log(20, 0.25) == 2.0
+
+
 def test_progress_on_a_terminal_rewrites_one_line(clock):
     out = Terminal()
     progress = metrics.Progress("stage", 10_000, 0, out)

@@ -25,8 +25,7 @@ class ArenaConfig(recording.RecordingConfig):
 class Builder(recording.EpisodeBuilder):
     """Arena episodes with the states behind their frames."""
 
-    VERSION = tfds.core.Version("2.0.0")
-    RELEASE_NOTES = {"2.0.0": "Actions have a random stream of their own."}
+    VERSION = tfds.core.Version("2.0.0")  # 1.0.0: actions and chance from one random stream
 
     def features(self) -> tfds.features.FeaturesDict:
         """Video, actions and `States`."""
