@@ -167,10 +167,20 @@ def test_other_worlds_leave_out_the_physics(tmp_path, num_actions):
     figures = rows[0].figures | {"speed": metrics.Figure(100.0, 1.0)}
     rows.append(table.Result("dmd_2", "Student", 2, figures, video))
     written = table.Report(
-        data="atari:Boxing", settings=settings, episodes=4, rows=rows, actions=actions, num_actions=num_actions,
-        starts=0, jobs=[], real_score="bidirectional", perfect_directions=None, seconds=1.0,
-        machine="M", versions={},
-    )  # fmt: skip
+        data="atari:Boxing",
+        settings=settings,
+        episodes=4,
+        rows=rows,
+        actions=actions,
+        num_actions=num_actions,
+        starts=0,
+        jobs=[],
+        real_score="bidirectional",
+        perfect_directions=None,
+        seconds=1.0,
+        machine="M",
+        versions={},
+    )
     report.write(written, tmp_path / "report")
     readme = (tmp_path / "report" / "README.md").read_text()
     assert ("Action accuracy" in readme) == (num_actions > 0)
