@@ -47,7 +47,7 @@ SMALL = {
     "batch_size": 8, "save_every": SAVE_EVERY, "log_every": 1, "keep": 2,
     "data.episodes": 8, "data.frames": 4, "data.episode_frames": 8,
     "model.dim": 32, "model.ffn_dim": 64, "model.layers": 2, "model.frequency_dim": 16,
-    "optimizer.name": "adamw", "optimizer.rate": 1e-3,
+    "optimizer.name": "adamw", "optimizer.learning_rate": 1e-3,
 }  # fmt: skip
 
 # Processes, and the mesh of their 4 devices.

@@ -193,33 +193,33 @@ def model(options: ConfigDict) -> ConfigDict:
     return config
 
 
-def muon(rate: float = 0.02, adam_rate: float = 2e-3) -> ConfigDict:
+def muon(learning_rate: float = 0.02, adam_learning_rate: float = 2e-3) -> ConfigDict:
     """Muon on all matrices, Adam on the rest: by far the fastest start for small models."""
-    config = optimizer("muon", rate)
-    config.adam_rate = adam_rate  # the peak of what is not Muon's
+    config = optimizer("muon", learning_rate)
+    config.adam_learning_rate = adam_learning_rate  # the peak of what is not Muon's
     return config
 
 
-def wan_optimizer(rate: float = 2e-6) -> ConfigDict:
+def wan_optimizer(learning_rate: float = 2e-6) -> ConfigDict:
     """AdamW as published for Wan 2.1 1.3B, at a constant rate."""
-    config = optimizer("adamw", rate)
+    config = optimizer("adamw", learning_rate)
     config.b1 = 0.0
     config.weight_decay, config.clip = 0.01, 10.0
     config.schedule, config.warmup = "constant", 0
-    del config.final_rate
+    del config.final_fraction
     return config
 
 
-def optimizer(name: str, rate: float) -> ConfigDict:
+def optimizer(name: str, learning_rate: float) -> ConfigDict:
     """An optimizer's fields; see `cfpp.stages.stage.optimizer`."""
     config = ConfigDict()
     config.name = name
-    config.rate = rate  # the peak
+    config.learning_rate = learning_rate  # the peak
     config.b1, config.b2 = 0.9, 0.999
     config.mu_dtype = "float32"  # of the first moment
     config.weight_decay = 0.0
     config.clip = 1.0  # global norm of the gradient
     config.schedule = "cosine"  # or 'constant'
     config.warmup = 10
-    config.final_rate = 0.1  # where the cosine ends, as a share of the peak
+    config.final_fraction = 0.1  # where the cosine ends, as a share of the peak
     return config

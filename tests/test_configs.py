@@ -1,5 +1,6 @@
 """The configurations, those at Wan's size too, as far as shapes tell."""
 
+import dataclasses
 import importlib
 import math
 
@@ -52,6 +53,11 @@ def test_wan(stage):
     assert shapes["video"].shape == (64, 21, 60, 104, 16)
     assert shapes["text"].shape == (64, 512, 4096)
     assert Network.create(config.model, config.pattern).dit.tokens == 1560
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (2e-6, 0.01)
+    assert (config.optimizer.clip, config.batch_size) == (10.0, 64)
+    # The average of stage 2 gives its target; stages 1 and 2' are published without any.
+    averaged_from = {"stage2": 0, "stage3": 200}.get(stage, config.steps)
+    assert stage == "stage0" or config.ema.start == averaged_from
     for role, parent in built.parents.items():
         assert config.init_from[role] or not parent.required
 
@@ -95,6 +101,11 @@ def test_every_stage_of_every_quickstart_can_be_built(variant):
         state = first_state(config[name], checks.build_stage(config[name]))
         assert jax.tree.structure(state.ema) == jax.tree.structure(state.params["model"])
     evaluate.check(config.evaluate, config.stage1.data)
+
+
+def test_the_quickstart_is_evaluated_as_any_stage_is():
+    settings = evaluate.Settings()
+    assert quickstart.get_config().evaluate.to_dict() == dataclasses.asdict(settings)
 
 
 @pytest.mark.parametrize("arg", ["arena,smoke", "atari,smoke", "atari,smoke,chunk=3"])

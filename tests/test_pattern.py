@@ -71,6 +71,7 @@ def test_empty_slots_are_never_seen():
         ({"chunk": 0}, "at least 1 frame, got 0"),
         ({"first_chunk": 0}, "first chunk has at least 1 frame, got 0"),
         ({"sink": -1}, "sink has at least 0 frames, got -1"),
+        ({"sink": 2}, "a sink of 2 frames needs a window to stay in"),
         ({"chunk": 3, "window": 2}, "window of 2 frames cannot hold a sink of 0 and a chunk of 3"),
         (
             {"first_chunk": 2, "window": 1},

@@ -24,6 +24,11 @@ Params = Any
 Condition = dict[str, jax.Array]
 
 
+def of_frames(condition: Condition, frames: Any) -> Condition:
+    """The condition of some of a clip's frames, by index or slice; a text is that of all."""
+    return {name: x[:, frames] if name == "actions" else x for name, x in condition.items()}
+
+
 def paired(first: Any, second: Any) -> Any:
     """The clips of two batches in turn, so that a device that has a clip has both of it.
 
@@ -249,11 +254,8 @@ class Network:
         def velocity(x, sigma):
             frames = x.shape[1]
             frame = np.arange(cache.slots - frames, cache.slots)
-            actions = condition.get("actions")
-            if actions is not None:
-                actions = actions[:, frame]
-            return self.apply(params, x, sigma, frame, np.ones(frames, int), actions, text, cache)[
-                0
-            ]
+            copy, actions = np.ones(frames, int), of_frames(condition, frame).get("actions")
+            v, _ = self.apply(params, x, sigma, frame, copy, actions, text, cache)
+            return v
 
         return velocity

@@ -24,6 +24,7 @@ from cfpp.errors import ArgumentParser, UserError, exit_on_user_error
 from cfpp.models.network import Params
 from cfpp.parallel import mesh
 from cfpp.rollout import generate
+from cfpp.rollout.sampler import TEACHER_STEPS
 from cfpp.rollout.stream import Player
 from cfpp.train import checkpoint
 
@@ -40,7 +41,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--workdir", help="working directory of a stage or of the quickstart")
     model.add_argument("--checkpoint", help="what python -m cfpp.export wrote")
     parser.add_argument("--frames", type=int, default=96, help="how many to generate")
-    parser.add_argument("--steps", type=int, help="network steps a frame; a teacher's default: 48")
+    parser.add_argument(
+        "--steps", type=int, help=f"network steps a frame; a teacher's default: {TEACHER_STEPS}"
+    )
     parser.add_argument(
         "--first_steps", type=int, help="of the first chunk; default: as trained, or as --steps"
     )

@@ -32,8 +32,8 @@ from cfpp.attention.cache import Cache
 from cfpp.attention.pattern import CLEAN, Pattern
 from cfpp.errors import UserError
 from cfpp.models import codec
-from cfpp.models.network import Condition, Network, Params, guide_pairs, twice
-from cfpp.rollout.sampler import Sampler, euler, student_sampler
+from cfpp.models.network import Condition, Network, Params, guide_pairs, of_frames, twice
+from cfpp.rollout.sampler import TEACHER_STEPS, Sampler, euler, student_sampler
 
 # (frames, step) -> noise of these frames, int32 [F], at a step: [B, F, H, W, C].
 Noise = Callable[[jax.Array, jax.Array], jax.Array]
@@ -282,9 +282,9 @@ class Rollout(flax.struct.PyTreeNode):
 
     def _unroll_first(self, params, stream, condition, noise, sigmas, last):
         """`unroll` from a first chunk of another length: that one, and then the others."""
-        first, actions, others = stream.first, condition.get("actions"), {}
-        if actions is not None:
-            actions, others = actions[:, :first], {"actions": actions[:, first:]}
+        first = stream.first
+        actions = of_frames(condition, np.s_[:first]).get("actions")
+        others = of_frames(condition, np.s_[first:])
         sigmas = jnp.asarray(sigmas)
         stream, one = self.chunk(params, stream, actions, noise, sigmas[0], last[0])
         stream, out = self.unroll(params, stream, others, noise, sigmas[1:], last[1:])
@@ -317,8 +317,8 @@ class Rollout(flax.struct.PyTreeNode):
         ends = chunk_ends(rollout.network.pattern, given, total)
         end = int(ends.max(initial=total))
         actions = jnp.pad(condition["actions"], ((0, 0), (0, end - total)), "edge")
-        first = condition | {"actions": actions[:, :given]}
-        later = condition | {"actions": actions[:, given:]}
+        condition = condition | {"actions": actions}
+        first, later = (of_frames(condition, part) for part in np.s_[:given, given:])
 
         slots = self.network.pattern.window or end
         stream = rollout.start(params, codec.encode(context), first, slots)
@@ -389,7 +389,8 @@ def for_stage(
     Args:
       network: the model's.
       config: of the stage. Its guidance counts for a teacher; in a student it is distilled.
-      steps: of the sampler; None is 48 for a teacher, and for a student see `student_sampler`.
+      steps: of the sampler; None is `TEACHER_STEPS` for a teacher, and for a student see
+        `student_sampler`.
       first_steps: of a student's first chunk; see there.
       fused: see the module's docstring.
 
@@ -404,7 +405,7 @@ def for_stage(
     if config.stage == "ar_diffusion":
         if first_steps is not None:
             raise UserError("a teacher takes as many steps for the first chunk as for the others")
-        return Rollout(network, euler(steps or 48, config.shift), config.guidance, fused)
+        return Rollout(network, euler(steps or TEACHER_STEPS, config.shift), config.guidance, fused)
     return Rollout(network, student_sampler(config, steps, first_steps), fused=fused)
 
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from cfpp import flow
 
+TEACHER_STEPS = 48  # that a many-step model takes, unless it is asked for others
+
 
 class Sampler(flax.struct.PyTreeNode):
     """Noise levels and the step between them.

@@ -27,7 +27,7 @@ import numpy as np
 from cfpp import flow
 from cfpp.attention.cache import Cache
 from cfpp.models.dit import HISTORY_GRADIENTS
-from cfpp.models.network import Condition, Network, Params
+from cfpp.models.network import Condition, Network, Params, of_frames
 from cfpp.rollout.generate import Noise, Rollout, chunk_ends, gaussian_noise
 from cfpp.rollout.sampler import student_sampler
 from cfpp.stages.stage import (
@@ -101,11 +101,10 @@ def self_rollout(
       pass `[B, F - given, H, W, C]` and the noise level of that `[F - given]`.
     """
     frames = x0.shape[1]
-    actions = condition.get("actions")
-    split = lambda part: condition if actions is None else condition | {"actions": actions[:, part]}
-    stream = rollout.start(params, x0[:, :given], split(np.s_[:given]), frames)
+    first, later = (of_frames(condition, part) for part in np.s_[:given, given:])
+    stream = rollout.start(params, x0[:, :given], first, frames)
     sigmas, _ = rollout.sampler.of_chunks(len(last))
-    stream, out = rollout.unroll(params, stream, split(np.s_[given:]), noise, sigmas, last)
+    stream, out = rollout.unroll(params, stream, later, noise, sigmas, last)
     x = jnp.concatenate([x0[:, :given], out.x0], 1)
     return jax.lax.stop_gradient((stream.cache, x, out.x, out.sigma))
 

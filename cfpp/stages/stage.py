@@ -126,10 +126,10 @@ def optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer of `config.optimizer`: 'adamw' or 'muon', clipped, warmed up and decayed.
 
-    Muon orthogonalises the updates of all matrices; Adam moves everything else, at `adam_rate` or,
-    where the configuration has none, at `rate`. `b1` and `b2` are Adam's. `weight_decay` is of all
-    parameters under 'adamw', of Muon's matrices alone under 'muon'. The cosine ends at the share
-    `final_rate` of the peak or, without one, at 0.
+    Muon orthogonalises the updates of all matrices; Adam moves everything else, at
+    `adam_learning_rate` or, where the configuration has none, at `learning_rate`. `b1` and `b2` are
+    Adam's. `weight_decay` is of all parameters under 'adamw', of Muon's matrices alone under
+    'muon'. The cosine ends at the share `final_fraction` of the peak or, without one, at 0.
 
     Args:
       config: the fields of `group`.
@@ -139,22 +139,23 @@ def optimizer(
     Raises:
       ValueError: a field is none of its choices.
     """
-    final_rate, adam_rate = config.get("final_rate", 0.0), config.get("adam_rate", config.rate)
-    rates = {
+    final_fraction = config.get("final_fraction", 0.0)
+    adam_peak = config.get("adam_learning_rate", config.learning_rate)
+    schedules = {
         "constant": lambda peak: optax.schedules.warmup_constant_schedule(
             0.0 if config.warmup else peak, peak, config.warmup
         ),
         "cosine": lambda peak: optax.schedules.warmup_cosine_decay_schedule(
-            0.0, peak, config.warmup, max(steps, config.warmup + 1), final_rate * peak
+            0.0, peak, config.warmup, max(steps, config.warmup + 1), final_fraction * peak
         ),
     }
-    check_choice(f"{group}.schedule", config.schedule, tuple(rates))
+    check_choice(f"{group}.schedule", config.schedule, tuple(schedules))
     check_choice(f"{group}.name", config.name, ("adamw", "muon"))
     check_choice(f"{group}.mu_dtype", config.mu_dtype, FLOATS)
-    rate = rates[config.schedule]
+    schedule = schedules[config.schedule]
     if config.name == "adamw":
         update = optax.adamw(
-            rate(config.rate),
+            schedule(config.learning_rate),
             config.b1,
             config.b2,
             weight_decay=config.weight_decay,
@@ -162,8 +163,8 @@ def optimizer(
         )
     else:
         update = optax.contrib.muon(
-            rate(config.rate),
-            adam_learning_rate=rate(adam_rate),
+            schedule(config.learning_rate),
+            adam_learning_rate=schedule(adam_peak),
             adam_b1=config.b1,
             adam_b2=config.b2,
             mu_dtype=config.mu_dtype,

@@ -370,10 +370,36 @@ def export(path: epath.PathLike, out: epath.PathLike) -> None:
     Raises:
       UserError: `out` exists, cannot be written, or there is no model.
     """
-    out = epath.Path(out)
-    if out.exists():
-        raise UserError(f"{out} exists and is not overwritten; choose another --out")
+    _refuse_existing(out)
     config, params = load_model(path, _host())
+    _write_model(config, params, out)
+
+
+def write_model(config: ml_collections.ConfigDict, params: Params, out: epath.PathLike) -> None:
+    """Writes parameters from anywhere, such as Wan's, as an export that `init_from` may name.
+
+    Args:
+      config: of the stage that they count as coming from; its `model` is theirs.
+      params: unboxed, arrays of NumPy or JAX.
+      out: a new folder.
+
+    Raises:
+      UserError: `out` exists or cannot be written.
+      MismatchError: the parameters are not of `config.model`.
+    """
+    _refuse_existing(out)
+    network = Network.create(config.model, config.pattern)
+    shapes.check(nn.meta.unbox(network.shapes()), params, "the given network")
+    _write_model(config, jax.device_put(params, _host()), out)
+
+
+def _refuse_existing(out: epath.PathLike) -> None:
+    if epath.Path(out).exists():
+        raise UserError(f"{out} exists and is not overwritten; choose another --out")
+
+
+def _write_model(config: ml_collections.ConfigDict, params: Params, out: epath.PathLike) -> None:
+    out = epath.Path(out)
     temporary = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     handler = ocp.CompositeCheckpointHandler(**_handlers())
     with _saving(out), ocp.Checkpointer(handler) as checkpointer, contextlib.ExitStack() as stack:

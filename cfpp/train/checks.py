@@ -18,14 +18,14 @@ MOST = 2**31 - 1  # of whole numbers: a state counts in 32 bits
 BELOW_1 = 1 - 1e-6  # of averages, which at 1 would never move
 
 OPTIMIZER_RANGES = {
-    "rate": (0.0, 10.0),
-    "adam_rate": (0.0, 10.0),
+    "learning_rate": (0.0, 10.0),
+    "adam_learning_rate": (0.0, 10.0),
     "b1": (0.0, BELOW_1),
     "b2": (0.0, BELOW_1),
     "weight_decay": (0.0, 10.0),
     "clip": (1e-6, 1e9),
     "warmup": (0, MOST),
-    "final_rate": (0.0, 1.0),
+    "final_fraction": (0.0, 1.0),
 }
 
 # Numbers of a stage's configuration, where it has them: the least and the greatest. What a model

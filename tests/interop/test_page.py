@@ -5,6 +5,7 @@ import functools
 import pathlib
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +13,15 @@ import pytest
 
 from cfpp import flow
 from cfpp.attention.pattern import Pattern, teacher_forced_entries
+from cfpp.errors import UserError
 from cfpp.interop import wan
+from cfpp.models.network import Network
 from cfpp.rollout.generate import Rollout
 from cfpp.rollout.sampler import consistency
 from cfpp.stages import consistency as stage2
 from cfpp.stages import dmd, ode
+from cfpp.train import checkpoint
+from configs import stage0, stage1
 from tests import tiny
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "interop.md"
@@ -64,3 +69,24 @@ def test_it_can_be_called(quantity, expression):
     jax.eval_shape(lambda: found.append(eval(expression, known)))
     if "loss" in expression:
         assert found[0].shape == (2, FRAMES)
+
+
+def test_its_program_writes_a_parent(tmp_path, monkeypatch):
+    """With a tiny network in place of Wan 1.3B's, whose heads are as wide."""
+    config = stage1.get_config("arena,smoke")
+    config.data.num_actions = 0
+    config.model.update({"text_dim": 5, "dim": 256, "heads": 2})
+    net = Network.create(config.model, config.pattern)
+    params = nn.meta.unbox(jax.jit(net.init)(jax.random.key(0)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage0, "get_config", lambda arg: config.copy_and_resolve_references())
+    program = re.search(r"```python\n(.+?)```", PAGE.read_text(), re.DOTALL).group(1)
+    exec(program, {"weights": wan.to_wan(params, config.model.patch)})
+    stored, found = checkpoint.load_model("runs/wan")
+    assert stored.stage == config.stage
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    with pytest.raises(UserError, match="runs/wan exists and is not overwritten"):
+        checkpoint.write_model(config, params, "runs/wan")
+    config.model.layers = 3
+    with pytest.raises(UserError, match="the given network is of another model: parameter blocks"):
+        checkpoint.write_model(config, params, "runs/other")

@@ -124,7 +124,7 @@ def recipe(world: World, actions, size: int = 64, clips: int = 8192) -> dict[str
     student.update({"grid_steps": 24, "grid_doublings": 0, "solver": "heun"})
     final = config_of(world, "dmd", 150, common.optimizer("adamw", 1e-4), given=0)
     for config in (teacher, student):
-        config.optimizer.final_rate = 0.01
+        config.optimizer.final_fraction = 0.01
     final.optimizer.b1 = 0.0
     trained = {}
     trained["teacher"] = train(world, teacher, {}, size)

@@ -46,7 +46,7 @@ def patterns(draw):
     first_chunk = draw(st.sampled_from([None, 1, 2, 3]))
     spare = draw(st.sampled_from([1, 0, 2, None]))
     window = None if spare is None else sink + max(chunk, first_chunk or 0) + spare
-    return Pattern(chunk, first_chunk, window, sink)
+    return Pattern(chunk, first_chunk, window, sink if window else 0)
 
 
 @contextlib.contextmanager

@@ -231,6 +231,15 @@ def test_a_job_of_several_stages_stands_for_its_last(trained, tmp_path):
     assert config == CONFIG and params["kernel"].shape == (64, 64)
 
 
+def test_an_unfinished_run_is_told_of(workdir, caplog):
+    checkpoint.load_model(workdir)
+    assert not caplog.text
+    stored = (workdir / "config.json").read_text()
+    (workdir / "config.json").write_text(stored.replace('"steps": 12', '"steps": 20'))
+    checkpoint.load_model(workdir)
+    assert "is not finished: it has come to step 12 of 20" in caplog.text
+
+
 @pytest.mark.parametrize(
     "files, message",
     [

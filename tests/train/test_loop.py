@@ -196,7 +196,8 @@ def test_checkpoints_without_a_config_are_not_overwritten(tmp_path):
      ("save_every", 0, "at least 1"), ("sample_every", -1, "at least 0"), ("keep", 0, "at least 1"),
      ("steps", 10**20, "from 1 to"), ("seed", -1, "at least 0"), ("seed", 10**20, "from 0 to"),
      ("guidance", math.nan, "from 0.0 to 100.0"), ("ema.decay", 5.0, "from 0.0 to 0.999999"),
-     ("optimizer.rate", -1.0, "at least 0.0"), ("critic_optimizer.rate", math.inf, "from 0.0 to"),
+     ("optimizer.learning_rate", -1.0, "at least 0.0"),
+     ("critic_optimizer.learning_rate", math.inf, "from 0.0 to"),
      ("optimizer.clip", 0.0, "at least 1e-06"), ("data.frames", 0, "at least 1"),
      ("data.frames", -3, "at least 1"), ("data.workers", -1, "at least 0")],
 )  # fmt: skip
@@ -418,7 +419,8 @@ def test_a_window_without_history_is_refused():
     with pytest.raises(UserError, match=told):
         checks.validate(fake.config(pattern=pattern))
     checks.validate(fake.config(pattern=pattern | {"window": 5}))
-    checks.validate(fake.config(pattern=pattern | {"chunk": None}))  # `Pattern` refuses that
+    with pytest.raises(UserError, match="chunk is None, with which all frames see all"):
+        checks.validate(fake.config(pattern={"chunk": None, "window": None}))
     for changes, first in (({"chunk": 20, "window": 40}, 20), ({"first_chunk": 8}, 8)):
         told = f"data.frames is 8: with a first chunk of {first} frames .* at least {first + 1}$"
         with pytest.raises(UserError, match=told):
