@@ -59,7 +59,6 @@ def get_config(arg: str = ""):
     config.stage3.init_from.student = "../stage2"
     config.stage3.init_from.real = "../stage1"
     if arg == "long":
-        config.data.episodes = 2048  # or it sees every window some four times
         # What smaller batches gain in ten minutes goes in longer runs.
         config.stage1.batch_size, config.stage1.ema.decay = 8, 0.99
         config.stage2.batch_size, config.stage2.ema.decay = 8, 0.9

@@ -4,7 +4,7 @@
 
 Training records what is missing by itself; this command does it beforehand, or for many runs. The
 same numbers in the configuration (`data.episodes`, `data.episode_frames`, ...) find the recording:
-256 are those of `configs/stage1.py:atari`, 512 those of `configs/stage1.py`.
+256 are those of `configs/stage1.py:atari`, 2048 those of `configs/stage1.py`.
 """
 
 import ml_collections
@@ -18,7 +18,7 @@ def main() -> None:
     parser = ArgumentParser("cfpp.data.prepare", __doc__)
     parser.add_argument("--data", required=True, help="arena or atari:<game>, as atari:Boxing")
     parser.add_argument("--directory", default="", help="where; ~/tensorflow_datasets if not given")
-    parser.add_argument("--episodes", type=int, default=512, help="train episodes (%(default)s)")
+    parser.add_argument("--episodes", type=int, default=2048, help="train episodes (%(default)s)")
     parser.add_argument(
         "--episode_frames", type=int, default=64, help="frames an episode (%(default)s)"
     )
