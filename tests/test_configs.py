@@ -164,7 +164,7 @@ def test_fields_that_cannot_be(field, value, message):
         checks.check(config, lambda path: None)
 
 
-@pytest.mark.parametrize("field, value", [("frames", 100), ("context", 53), ("episodes", 129)])
+@pytest.mark.parametrize("field, value", [("frames", 100), ("context", 53), ("episodes", 513)])
 def test_more_held_out_clips_than_will_be_recorded(field, value):
     config = quickstart.get_config("")
     config.evaluate[field] = value
