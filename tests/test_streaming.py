@@ -357,9 +357,7 @@ def test_a_stored_model_may_leave_its_number_of_actions_to_the_networks_default(
         "stage": "consistency", "model": model, "pattern": {"window": 3}, "shift": 3.0,
         "init_from": {}, "data": {"name": "", "directory": ""},
     }  # fmt: skip
-    stored = ml_collections.ConfigDict(fields), jax.device_put(tiny.params(net))
-    with mock.patch.object(checkpoint, "load_model", lambda path: stored):
-        checkpoint.export("x", tmp_path / "export")
+    checkpoint.write_model(ml_collections.ConfigDict(fields), tiny.params(net), tmp_path / "export")
     arguments = [f"--checkpoint={tmp_path / 'export'}", f"--out={tmp_path / 'x.mp4'}", "--scale=1"]
     command.run(command.parse([*arguments, "--frames=2"]))
     assert len(imageio.imread(tmp_path / "x.mp4")) == 2
