@@ -25,7 +25,7 @@ def get_config(arg: str = ""):
         config.optimizer = common.wan_optimizer()
         config.sigma_floor = 0.0
         config.drop_rate = 0.1
-        config.ema.start = config.steps  # published without an average
+        config.ema.decay = 0.0  # published without an average
     else:
         # In small worlds more steps do more than larger batches, at first (docs/experiments.md).
         config.batch_size, config.ema.decay = 4, 0.995

@@ -25,5 +25,5 @@ def get_config(arg: str = ""):
         config.optimizer.b1 = 0.9
         config.positions = (1000.0, 750.0, 500.0, 250.0)
         config.guidance = 3.0
-        config.ema.start = config.steps  # published without an average
+        config.ema.decay = 0.0  # published without an average
     return config

@@ -56,8 +56,8 @@ def test_wan(stage):
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (2e-6, 0.01)
     assert (config.optimizer.clip, config.batch_size) == (10.0, 64)
     # The average of stage 2 gives its target; stages 1 and 2' are published without any.
-    averaged_from = {"stage2": 0, "stage3": 200}.get(stage, config.steps)
-    assert stage == "stage0" or config.ema.start == averaged_from
+    averages = {"stage0": (0.99, 200), "stage2": (0.99, 0), "stage3": (0.99, 200)}
+    assert (config.ema.decay, config.ema.start) == averages.get(stage, (0.0, 200))
     for role, parent in built.parents.items():
         assert config.init_from[role] or not parent.required
 

@@ -143,7 +143,9 @@ def optimizer(
     adam_peak = config.get("adam_learning_rate", config.learning_rate)
     schedules = {
         "constant": lambda peak: optax.schedules.warmup_constant_schedule(
-            0.0 if config.warmup else peak, peak, config.warmup
+            0.0 if config.warmup else peak,  # where it stays for ever without a warmup
+            peak,
+            config.warmup,
         ),
         "cosine": lambda peak: optax.schedules.warmup_cosine_decay_schedule(
             0.0, peak, config.warmup, max(steps, config.warmup + 1), final_fraction * peak

@@ -266,12 +266,11 @@ def load_model(
       UserError: nothing is there, or it is damaged.
     """
     folder, config = find_model(path)
-    return config, _load(folder, sharding)
+    return config, _load(folder, config, sharding)
 
 
-def _load(folder: epath.Path, sharding: Tree = None) -> Params:
-    done = steps(folder / "checkpoints")
-    last = workdirs.read_config(folder).get("steps", 0)
+def _load(folder: epath.Path, config: ml_collections.ConfigDict, sharding: Tree = None) -> Params:
+    done, last = steps(folder / "checkpoints"), config.get("steps", 0)
     if done and done[-1] < last:
         logging.warning("%s is not finished: it has come to step %d of %d", folder, done[-1], last)
     return _read_stored(folder, functools.partial(_read_model, sharding=sharding))
@@ -328,7 +327,7 @@ class Stored(NamedTuple):
         Raises:
           UserError: they are damaged.
         """
-        return _load(self.folder, sharding)
+        return _load(self.folder, self.config, sharding)
 
 
 def open_model(path: epath.PathLike) -> Stored:
