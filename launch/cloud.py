@@ -3,7 +3,8 @@
     python launch/cloud.py tpu run --name=cf --zone=us-east5-a --accelerator=v5p-128 --spot \
         --job="--config=configs/stage1.py --config.batch_size=64 --workdir=gs://BUCKET/stage1" \
         --job="--config=configs/stage2.py --config.batch_size=64 --workdir=gs://BUCKET/stage2 ..."
-    python launch/cloud.py gpu run --name=cf --zone=us-central1-a --machine_type=a3-highgpu-1g ...
+    python launch/cloud.py gpu run --name=cf --zone=us-central1-a --spot \
+        --machine_type=a3-highgpu-1g ...
     python launch/cloud.py tpu fetch --name=cf --zone=us-east5-a --source=gs://BUCKET/stage1
     python launch/cloud.py tpu logs|stop|delete --name=cf --zone=us-east5-a
 
@@ -329,9 +330,11 @@ def run(machine: Machine, call: Call) -> None:
             say(f"{name}: all jobs are through")
             return
         if any(host not in ("running", "exited 0") for host in hosts):
-            crash = next((host for host in hosts if re.match(CRASHED, host)), None)
+            is_mistake = lambda host: host.startswith("exited 2 ")
+            crashed = [host for host in hosts if re.match(CRASHED, host)]
+            crash = max(crashed, key=is_mistake, default=None)  # others crash by a mistake on one
             if crash and not is_first_look:  # what was left from before may have been mended
-                if crash.startswith("exited 2 "):
+                if is_mistake(crash):
                     raise UserError(crash.removeprefix("exited 2 error: "))
                 crashes += 1
                 if crashes > machine.options.crashes:

@@ -41,11 +41,15 @@ jobs_one_after_another() {
   local id=$1 code=0 begin error=
   shift
   echo $$ >"$state/pid"
-  trap : TERM # the job is told too, and ends first
+  stopped=
+  trap 'stopped=1' TERM # the job is told too, and ends first
   for job; do
     begin=$(wc -c <"$state/log")
     bash -c "exec .venv/bin/python -m cfpp.main $job" || code=$?
-    if [ "$code" = 0 ] && told "$begin" 'run the same command to continue' >/dev/null; then
+    if told "$begin" 'run the same command to continue' >/dev/null; then
+      stopped=1 # where only the job was told, here or on another host
+    fi
+    if [ "$code" = 0 ] && [ -n "$stopped" ]; then
       code=143 # ended by SIGTERM, after saving: not through
     fi
     if [ "$code" != 0 ]; then

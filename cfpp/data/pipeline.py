@@ -7,6 +7,10 @@ its devices need. An iterator's state is its position, a number, the same in all
 
 import dataclasses
 import functools
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Sequence
 
 import grain
@@ -102,7 +106,7 @@ class _BatchIterator(grain.DatasetIterator):
             return dataset
         if not flags.FLAGS.is_parsed():  # Grain reads its own flags, also where absl is not run
             flags.FLAGS.mark_as_parsed()
-        return dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers))
+        return dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers), _follow_parent)
 
     def get_state(self) -> dict[str, int]:
         return {"next_index": self._position}
@@ -119,6 +123,19 @@ class _BatchIterator(grain.DatasetIterator):
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+
+
+def _follow_parent(index: int, count: int) -> None:
+    """Lets a worker live as long as the process that it reads for, no shorter and no longer.
+
+    A SIGTERM to a whole group of processes is meant for that one, which takes batches until all
+    have agreed on a step to save. And Grain's workers do not notice when it is killed.
+    """
+    del index, count
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    end_with = lambda: (parent.join(), os._exit(1))
+    threading.Thread(target=end_with, daemon=True).start()
 
 
 def batch_shapes(

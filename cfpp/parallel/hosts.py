@@ -16,11 +16,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from logging import LogRecord
 from typing import NoReturn
 
 import jax
+import numpy as np
 from absl import logging
 from jax._src import clusters  # nothing public tells what JAX finds, without starting it
 from jax.experimental import multihost_utils
@@ -157,6 +158,7 @@ def _call_roll(address: tuple[str, int], count: int, timeout: float) -> dict[int
                 missing = ", ".join(str(i) for i in range(1, count) if i not in present)
                 fault = f"of {count} processes, {missing} did not come within {timeout:g} s"
                 break
+            _keep_alive(connection)
             words = _receive(connection, 10.0).split()  # a process of the job speaks at once
             if len(words) != 2 or not all(word.isdecimal() for word in words):
                 connection.close()  # gone again, or no process of a job
@@ -189,12 +191,24 @@ def _answer_roll(address: tuple[str, int], count: int, index: int, timeout: floa
                     "is it running there?".format(*address, timeout, error.strerror or error)
                 ) from error
             time.sleep(0.1)
+    _keep_alive(connection)
     _send(connection, f"{index} {count}")
     reply = _receive(connection, timeout)
     if reply != PRESENT:
         raise UserError(reply or "process 0 ended while the processes were coming together")
     connection.settimeout(None)
     return connection
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Lets the kernel ask now and then whether the other end is there.
+
+    A machine that lost its power says no farewell, and firewalls forget a connection that is silent
+    for ten minutes.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):  # seconds until then; macOS has two hours and another name
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
 
 
 def _send(connection: socket.socket, line: str) -> None:
@@ -322,9 +336,19 @@ def terminated() -> bool:
     return multihost_utils.reached_preemption_sync_point(next(_questions))
 
 
-def one_after_another(action: Callable[[], object]) -> None:
-    """Lets each process act in its turn, first the first: what it leaves on a disk others find."""
-    for index in range(jax.process_count()):
-        if index == jax.process_index():
-            action()
-        meet(f"turn {index}")
+def from_first(numbers: Sequence[int]) -> list[int]:
+    """The first process's numbers, whatever the others give: one list to go by in all."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    return multihost_utils.broadcast_one_to_all(np.resize(np.int32(numbers), count)).tolist()
+
+
+def first_alone(action: Callable[[], object]) -> None:
+    """Lets the first process act, then all others: what it leaves on a disk of all they find."""
+    if is_first():
+        action()
+    meet("the first has acted")
+    if not is_first():
+        action()
+    meet("all have acted")

@@ -18,7 +18,7 @@ import functools
 import itertools
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from logging import LogRecord, getLogger
 from typing import Any, NamedTuple
 
@@ -60,7 +60,11 @@ PASSING = (
     "DEADLINE_EXCEEDED",
     "PERMISSION_DENIED",
     "UNAUTHENTICATED",
+    "libcurl",
 )
+# The same by the numbers of TensorFlow, which reads buckets where it is installed: cancelled, too
+# late, not permitted, exhausted, aborted after all attempts, unavailable, unauthenticated.
+PASSING_CODES = (1, 4, 7, 8, 10, 14, 16)
 
 
 class DamageError(Exception):
@@ -69,6 +73,18 @@ class DamageError(Exception):
 
 class NotNowError(UserError):
     """A checkpoint that cannot be read now, for want of memory, rights or a network."""
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which does not ask for itself whether the job is to end.
+
+    JAX counts questions: `hosts.terminated` asks once a step, and one with a number of its own that
+    comes between would let a SIGTERM be answered much later, or never.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """False."""
+        return False
 
 
 class Checkpoints:
@@ -86,9 +102,10 @@ class Checkpoints:
           keep: the newest so many checkpoints are kept.
         """
         self.directory = epath.Path(workdir) / "checkpoints"
-        for path in _unfinished(self.directory):
-            logging.warning("removing %s: its writing was interrupted", path)
-        self._manager = ocp.CheckpointManager(
+        for path in self.directory.iterdir() if self.directory.is_dir() else ():
+            if ocp.utils.is_tmp_checkpoint(path):
+                logging.warning("removing %s: its writing was interrupted", path)
+        self._manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
             item_handlers=_handlers(),
@@ -108,7 +125,7 @@ class Checkpoints:
           UserError: the checkpoint is of another model, or none is intact.
         """
         restore = functools.partial(_restore, template=template, data=data)
-        found = _newest_intact(self.directory, restore)
+        found = _newest_intact(self.directory, hosts.from_first(steps(self.directory)), restore)
         if found is None:
             return None
         newest, state = found
@@ -227,11 +244,13 @@ def _check_fingerprint(found: dict[str, int], wanted: dict[str, int]) -> None:
 
 
 def steps(directory: epath.PathLike) -> list[int]:
-    """The steps of the checkpoints in a folder, oldest first."""
+    """The steps of the complete checkpoints in a folder, oldest first."""
     directory = epath.Path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+    # In a bucket, where nothing can be renamed, unfinished ones have this name too.
+    is_complete = lambda path: path.name.isdecimal() and ocp.utils.is_checkpoint_finalized(path)
+    return sorted(int(path.name) for path in directory.iterdir() if is_complete(path))
 
 
 def is_finished(workdir: epath.PathLike, last_step: int) -> bool:
@@ -239,11 +258,11 @@ def is_finished(workdir: epath.PathLike, last_step: int) -> bool:
 
     All processes ask together, and get the same answer.
     """
-    path = epath.Path(workdir) / "checkpoints" / str(last_step)
-    is_intact = path.exists()
+    checkpoints = epath.Path(workdir) / "checkpoints"
+    is_intact = last_step in steps(checkpoints)
     if is_intact:
         try:
-            _read_model(path, _host())
+            _read_model(checkpoints / str(last_step), _host())
         except (DamageError, NotNowError):
             is_intact = False
     return _everywhere(is_intact)
@@ -270,10 +289,12 @@ def load_model(
 
 
 def _load(folder: epath.Path, config: ml_collections.ConfigDict, sharding: Tree = None) -> Params:
-    done, last = steps(folder / "checkpoints"), config.get("steps", 0)
-    if done and done[-1] < last:
-        logging.warning("%s is not finished: it has come to step %d of %d", folder, done[-1], last)
-    return _read_stored(folder, functools.partial(_read_model, sharding=sharding))
+    found, last = steps(folder / "checkpoints"), config.get("steps", 0)
+    if not _is_own(sharding):  # all processes read
+        found = hosts.from_first(found)
+    if found and found[-1] < last:
+        logging.warning("%s is not finished: it has come to step %d of %d", folder, found[-1], last)
+    return _read_stored(folder, found, functools.partial(_read_model, sharding=sharding))
 
 
 def find_model(path: epath.PathLike) -> tuple[epath.Path, ml_collections.ConfigDict]:
@@ -360,7 +381,7 @@ def _stored_shapes(folder: epath.Path) -> Tree:
         with _damage():
             return _shapes(path / MODEL)
 
-    return _read_stored(folder, read)
+    return _read_stored(folder, steps(folder / "checkpoints"), read)
 
 
 def export(path: epath.PathLike, out: epath.PathLike) -> None:
@@ -457,8 +478,7 @@ def _shapes(item: epath.Path) -> Tree:
 def _read_model(folder: epath.Path, sharding: Tree = None) -> Tree:
     """The item `model` of a checkpoint or export."""
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    is_own = all(where.is_fully_addressable for where in jax.tree.leaves(sharding))
-    with _damage(together=not is_own):
+    with _damage(together=not _is_own(sharding)):
         stored = _shapes(folder / MODEL)
         shardings = jax.tree.broadcast(sharding, stored)
         template = jax.tree.map(lambda x, where: x.update(sharding=where), stored, shardings)
@@ -470,14 +490,21 @@ def _read_model(folder: epath.Path, sharding: Tree = None) -> Tree:
     return restored[MODEL]
 
 
-def _read_stored(folder: epath.Path, read: Callable[[epath.Path], Tree]) -> Tree:
-    """What `read` makes of an export, or of a working directory's newest intact checkpoint.
+def _is_own(sharding: Tree) -> bool:
+    """Whether what is laid out like this is this process's alone; so it is with no sharding."""
+    return all(where.is_fully_addressable for where in jax.tree.leaves(sharding))
+
+
+def _read_stored(
+    folder: epath.Path, found: Sequence[int], read: Callable[[epath.Path], Tree]
+) -> Tree:
+    """What `read` makes of an export, or of the newest intact one of a run's checkpoints `found`.
 
     Raises:
       UserError: it is damaged.
     """
     if not (folder / MODEL).exists():
-        return _newest_intact(folder / "checkpoints", read)[1]
+        return _newest_intact(folder / "checkpoints", found, read)[1]
     try:
         return read(folder)
     except DamageError as error:
@@ -485,15 +512,21 @@ def _read_stored(folder: epath.Path, read: Callable[[epath.Path], Tree]) -> Tree
 
 
 def _newest_intact(
-    directory: epath.Path, read: Callable[[epath.Path], Tree]
+    directory: epath.Path, found: Sequence[int], read: Callable[[epath.Path], Tree]
 ) -> tuple[int, Tree] | None:
     """The newest checkpoint that can be read, and what was read; None if there is none at all.
+
+    Args:
+      directory: that of the checkpoints.
+      found: their steps, oldest first. Where all processes read together it is the same in all: a
+        network disk may show a new checkpoint to one of them before the others.
+      read: what to do with each.
 
     Raises:
       UserError: there are checkpoints, but none can be read.
     """
     first_damage = None
-    for step in reversed(steps(directory)):
+    for step in reversed(found):
         path = directory / str(step)
         try:
             return step, read(path)
@@ -517,11 +550,6 @@ def _put_aside(path: epath.Path) -> None:
             path.rename(aside)
             logging.warning("renamed the damaged checkpoint to %s", aside)
             return
-
-
-def _unfinished(directory: epath.Path) -> Iterator[epath.Path]:
-    if directory.is_dir():
-        yield from (path for path in directory.iterdir() if ".orbax-checkpoint-tmp" in path.name)
 
 
 @contextlib.contextmanager
@@ -556,7 +584,9 @@ def _passes(error: BaseException) -> bool:
     """Whether what went wrong, or a cause of it, is no fault of what was read."""
     kinds = MemoryError | PermissionError | TimeoutError | ConnectionError
     return any(
-        isinstance(cause, kinds) or any(word in str(cause) for word in PASSING)
+        isinstance(cause, kinds)
+        or getattr(cause, "error_code", None) in PASSING_CODES
+        or any(word in str(cause) for word in PASSING)
         for cause in causes(error)
     )
 

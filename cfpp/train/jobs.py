@@ -27,7 +27,7 @@ def run(config: Config, workdir: str, profile: bool = False) -> bool:
       profile: see `loop.train`.
 
     Returns:
-      True when all is done; False when SIGTERM ended it early, after saving.
+      True when all is done; False when SIGTERM came, after saving.
 
     Raises:
       UserError: whatever the user can mend.
@@ -111,7 +111,7 @@ def _prepare(config: Config) -> None:
     Raises:
       UserError: the data cannot be had, or are not what the configuration says.
     """
-    hosts.one_after_another(lambda: sources.prepare(config.data))
+    hosts.first_alone(lambda: sources.prepare(config.data))
     samples.check(config)
 
 

@@ -38,7 +38,7 @@ def train(
       profile: write a profile of some early steps to TensorBoard.
 
     Returns:
-      True when all steps are done; False when SIGTERM ended it early, after saving.
+      True when all steps are done; False when SIGTERM came, after saving.
 
     Raises:
       UserError: a fault in the configuration, a parent, the data, a checkpoint or the disk; or a
@@ -76,6 +76,7 @@ def train(
         announce(state, progress, writer)
         profiler = profiler_of_steps(workdir, start, config.steps) if profile else lambda step: None
         interrupted = stack.enter_context(termination())
+        stopped = False
         recent = []  # metrics since the last log
         in_flight = collections.deque()
 
@@ -94,7 +95,8 @@ def train(
             progress.step(step)
             profiler(step)
 
-            is_last = interrupted() or step == config.steps
+            stopped = interrupted()
+            is_last = stopped or step == config.steps
             is_saved = is_last or step % config.save_every == 0
             if is_saved or step % config.log_every == 0:
                 fetched = jax.device_get(recent)
@@ -124,10 +126,11 @@ def train(
                 break
 
         checkpoints.wait()
-        if step < config.steps:
+        if stopped or interrupted():  # while the last step was saved, too: no stage begins after it
             progress.say(
                 f"{config.stage}: interrupted at step {step}, saved; "
-                "run the same command to continue"
+                "run the same command to continue",
+                everywhere=True,  # whoever started a process learns by this that it is not through
             )
             return False
         progress.say(f"{config.stage}: finished {step} steps, saved in {workdir}")

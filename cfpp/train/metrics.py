@@ -158,13 +158,13 @@ class Progress:
         step, mark = self._mark
         self._mark = (step, mark + time.monotonic() - begin)
 
-    def say(self, message: str) -> None:
-        """Prints a line of its own."""
+    def say(self, message: str, everywhere: bool = False) -> None:
+        """Prints a line of its own; with `everywhere`, so do all other processes."""
         if self._width:
             self._rewrite("")
             self._out.write("\r")
             self._width = 0
-        print(message, file=self._out, flush=True)
+        print(message, file=sys.stdout if everywhere else self._out, flush=True)
 
     def _line(self, step: int) -> str:
         line = f"{self.name}: step {step}/{self._steps}"

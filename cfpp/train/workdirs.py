@@ -37,6 +37,9 @@ FAULTS_OF_THE_DISK = {
     errno.EROFS: "the file system is read-only",
 }
 
+# TensorFlow, which reads and writes buckets where it is installed, has numbers of its own.
+FAULTS_OF_TENSORFLOW = {5: errno.ENOENT, 7: errno.EACCES, 16: errno.EACCES}
+
 
 @contextlib.contextmanager
 def disk_faults(where: epath.PathLike, hint: str) -> Iterator[None]:
@@ -63,7 +66,8 @@ def refusal(error: BaseException) -> str | None:
     for cause in causes(error):
         if "No space left on device" in str(cause):
             return FAULTS_OF_THE_DISK[errno.ENOSPC]
-        if reason := FAULTS_OF_THE_DISK.get(getattr(cause, "errno", None)):
+        number = FAULTS_OF_TENSORFLOW.get(getattr(cause, "error_code", None))
+        if reason := FAULTS_OF_THE_DISK.get(number or getattr(cause, "errno", None)):
             return reason
     return None
 

@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import pathlib
+import subprocess
+import sys
+import time
 from unittest import mock
 
 import numpy as np
@@ -111,6 +115,36 @@ def test_a_restored_iterator_goes_on_with_the_very_next_batch(arena_config, work
     restored.set_state(state)
     assert_same(take(restored, 4), expected[5:])
     restored.close()
+
+
+WORKER = """
+import json, multiprocessing, os, signal, sys, time
+import ml_collections
+from cfpp.data import pipeline
+config = ml_collections.ConfigDict(json.loads(sys.argv[1]))
+batches = pipeline.train_batches(config, 4, seed=0)
+next(batches)
+(worker,) = multiprocessing.active_children()
+os.kill(worker.pid, signal.SIGTERM)
+for _ in range(3 * pipeline.PREFETCHED_BATCHES):
+    next(batches)
+print(worker.pid, flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_worker_lives_as_long_as_who_reads_from_it(arena_config):
+    """Through a SIGTERM, after which batches are taken until a checkpoint is there."""
+    config = json.dumps(changed(arena_config, workers=1).to_dict())
+    command = [sys.executable, "-c", WORKER, config]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
+        worker = pathlib.Path("/proc", reader.stdout.readline().strip())
+        assert worker.is_dir()
+        reader.kill()
+    deadline = time.monotonic() + 30
+    while worker.exists():
+        assert time.monotonic() < deadline, "the worker is left behind"
+        time.sleep(0.05)
 
 
 def test_an_iterator_can_be_set_back(arena_config):

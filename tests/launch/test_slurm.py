@@ -1,5 +1,3 @@
-import contextlib
-import os
 import pathlib
 import shutil
 import signal
@@ -90,23 +88,24 @@ def test_the_job_ends_as_its_processes_do(code, tmp_path):
     assert not (tmp_path / "scontrol").exists()
 
 
-def test_before_its_time_is_up_it_saves_and_queues_itself_again(tmp_path):
+def test_told_to_end_it_saves_and_queues_itself_again(tmp_path):
+    """Its processes are told, and not srun, which would kill them."""
     job = start(tmp_path, *TRAIN, job="train")
     deadline = time.monotonic() + 60
-    while not (tmp_path / "srun").exists():
+    while not (tmp_path / "task").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     job.send_signal(signal.SIGTERM)
     job.wait(timeout=60)
     assert job.returncode == 143  # not through
+    assert (tmp_path / "scancel").read_text() == "--signal=TERM 17\n"
     assert (tmp_path / "srun").read_text().endswith("\nsaved\n")
     assert (tmp_path / "scontrol").read_text() == "requeue 17\n"
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(job.pid, signal.SIGKILL)  # the stub's sleep
 
 
 def test_where_only_its_processes_are_told_it_queues_itself_again_too(tmp_path):
-    """They end with 0; what waits for this stage must not begin."""
+    """As before its time is up. They end with 0; what waits for this stage must not begin."""
+    assert "\n#SBATCH --signal=TERM@300\n" in SCRIPT.read_text()  # with B: only the script is
     job = start(tmp_path, *TRAIN, job="preempted")
     out, _ = job.communicate(timeout=60)
     assert job.returncode == 143 and "interrupted at step 3, saved" in out

@@ -129,7 +129,7 @@ def divided_program(workdir, **changes):
 
 
 def finished_program(workdir):
-    """Trains what is finished; then the first process alone reads the model."""
+    """Trains what is finished; then the first process alone reads the model, and tells numbers."""
 
     def program(index):
         hosts.join(timeout=30)
@@ -138,6 +138,8 @@ def finished_program(workdir):
             if hosts.is_first():
                 checkpoint.load_model(workdir)
             hosts.meet("read")
+            for numbers in ([], [4, 8]):
+                assert hosts.from_first(numbers if hosts.is_first() else [4, 8, 12]) == numbers
 
     return program
 

@@ -20,6 +20,14 @@ from cfpp.stages import Parent, Stage, State
 from configs import common
 
 
+class TensorFlowError(Exception):
+    """Looks like TensorFlow's errors, whose import takes seconds."""
+
+    def __init__(self, error_code: int, message: str):
+        super().__init__(message)
+        self.error_code = error_code
+
+
 def config(**changes) -> ml_collections.ConfigDict:
     fields = common.base("fake", common.parse("arena"))
     fields.update({"steps": 12, "batch_size": 4, "log_every": 2, "save_every": 4})

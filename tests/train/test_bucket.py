@@ -95,6 +95,27 @@ def test_a_run_and_its_export_on_a_bucket(bucket, tmp_path, capsys):
         jobs.run(child, "gs://bucket/runs/b")
 
 
+def test_a_checkpoint_without_its_seal_does_not_count(bucket, capsys):
+    """In a bucket nothing can be renamed: a file tells that all others are there."""
+    run = "gs://bucket/runs/a"
+    with mock.patch("cfpp.train.metrics._tensorboard"):
+        jobs.run(fake.config(), run)
+        (bucket / "runs/a/checkpoints/12/commit_success.txt").unlink()
+        assert checkpoint.steps(run + "/checkpoints") == [8]
+        assert not checkpoint.is_finished(run, 12)
+        jobs.run(fake.config(), run)
+    assert "continuing from step 8" in capsys.readouterr().out
+    assert checkpoint.is_finished(run, 12)
+
+
+def test_a_bucket_that_is_not_there_or_not_ours_is_told_in_a_line(tmp_path):
+    for code, reason in {5: "no such folder", 7: "permission denied"}.items():
+        error = fake.TensorFlowError(code, "Error executing an HTTP request")
+        with mock.patch.object(type(epath.Path()), "exists", side_effect=error):
+            with pytest.raises(UserError, match=f"{reason}.*; choose another --workdir"):
+                workdirs.check(fake.config(), tmp_path)
+
+
 def test_paths_of_a_job_relative_to_its_stages(bucket):
     config = fake.config(init_from={"teacher": "../first"}, data={"directory": "../data"})
     config = workdirs.resolve(config, "gs://bucket/job/second")

@@ -108,6 +108,8 @@ def test_when_nothing_is_intact_training_does_not_start_anew(workdir):
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
         ValueError("UNAVAILABLE: error reading the bucket"),
         PermissionError("not yours"),
+        fake.TensorFlowError(14, "the service is not there"),
+        fake.TensorFlowError(2, "libcurl code 6: could not resolve the host"),
     ],
 )
 def test_what_cannot_be_read_now_is_not_damaged(workdir, trained, fault):
@@ -141,7 +143,14 @@ def test_what_was_read_of_a_damaged_checkpoint_is_let_go(tmp_path):
             raise checkpoint.DamageError("cut off")
         return array
 
-    assert checkpoint._newest_intact(epath.Path(tmp_path), read)[0] == 1
+    assert checkpoint._newest_intact(epath.Path(tmp_path), [1, 2], read)[0] == 1
+
+
+def test_saving_asks_nobody_whether_the_job_is_to_end(tmp_path):
+    """The loop asks JAX, which counts the questions."""
+    with mock.patch("jax.experimental.multihost_utils.reached_preemption_sync_point") as asked:
+        jobs.run(fake.config(), tmp_path)
+    assert not asked.called
 
 
 def test_a_half_written_checkpoint_does_not_count(workdir, caplog):

@@ -128,6 +128,21 @@ def test_sigterm_saves_and_the_next_start_continues(finished, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), final_state(finished))
 
 
+def test_sigterm_while_the_last_step_is_saved_is_heeded(tmp_path, capsys):
+    """In a job of several stages, no other stage begins."""
+    wait = checkpoint.Checkpoints.wait
+
+    def terminated(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait(self)
+
+    with mock.patch.object(checkpoint.Checkpoints, "wait", terminated):
+        assert not jobs.run(fake.config(), tmp_path)
+    assert "interrupted at step 12, saved; run the same command" in capsys.readouterr().out
+    assert jobs.run(fake.config(), tmp_path)
+    assert "finished, all 12 steps" in capsys.readouterr().out
+
+
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     command = [sys.executable, "-m", "tests.train.crash", killed, undisturbed, "0"]
