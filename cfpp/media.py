@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from cfpp import paths
 from cfpp.errors import UserError
@@ -146,15 +146,22 @@ def read_image(path: epath.PathLike, height: int, width: int) -> np.ndarray:
       uint8 `[height, width, 3]`.
 
     Raises:
-      UserError: no such file, not a picture, or a picture of another size.
+      UserError: no such file, not a picture, or one of another size or kind: transparent, or of
+        more than 8 bits a colour.
     """
     try:
         with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)  # as its camera was held
+            kind, alpha = image.mode, image.convert("RGBA").getchannel("A")
             pixels = np.asarray(image.convert("RGB"))
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is not a picture (a PNG or JPEG file was expected)") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error})") from error
+    if kind.startswith(("I", "F")):
+        raise UserError(f"{path} has more than 8 bits a colour; convert it to 8")
+    if alpha.getextrema()[0] < 255:
+        raise UserError(f"{path} is transparent in places; give it a background")
     if pixels.shape[:2] != (height, width):
         raise UserError(
             f"{path} is {pixels.shape[1]} wide and {pixels.shape[0]} high, "

@@ -154,6 +154,13 @@ def test_one_stream_over_8_devices(workdir):
     assert done.stdout.endswith("equal\n"), done.stderr[-2000:]
 
 
+def test_a_mesh_of_one_device(workdir):
+    out = workdir / "one.mp4"
+    options = [f"--workdir={workdir}", "--frames=2", "--steps=2", "--mesh=context=1"]
+    command.run(command.parse([*options, f"--out={out}"]))
+    assert out.exists()
+
+
 def test_export_is_enough(workdir, tmp_path):
     checkpoint.export(workdir, tmp_path / "export")
     picture = tmp_path / "first.png"
@@ -292,6 +299,8 @@ def test_actions_are_read_and_repeated():
         (["--actions=7"], "7 is out of range; the model knows 0 to 4"),
         (["--actions=left"], "'left' is neither a NUMBER from 0 on nor NUMBERxTIMES"),
         (["--actions=4x0"], "names no action"),
+        (["--actions=4x"], "'4x' is neither a NUMBER from 0 on nor NUMBERxTIMES"),
+        ([f"--actions={'1' * 5000}"], "neither a NUMBER from 0 on nor NUMBERxTIMES"),
         (["--actions=²"], "neither a NUMBER from 0 on nor NUMBERxTIMES"),
         (["--seed=-1"], "--seed is -1"),
         (["--first_frame=nowhere.png"], "nowhere.png"),

@@ -54,6 +54,7 @@ class Episodes:
             self._video, self._actions = "video", "actions"
         self._picture = (data_config.height, data_config.width, 3)
         self._num_actions = data_config.num_actions
+        self._has_states = data_config.name == "arena"  # a feature of others may be anything
         builder = _open_dataset(directory)
         if not builder.info.splits[split].num_examples:
             raise UserError(
@@ -95,7 +96,7 @@ class Episodes:
             actions = np.asarray(record[self._actions])
         self._check(index, video, actions)
         episode = {"video": video, "actions": actions.astype(np.int32)}
-        if "states" in record:
+        if self._has_states:
             episode["states"] = record["states"]
         return episode
 

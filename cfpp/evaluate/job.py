@@ -40,6 +40,8 @@ def run(workdir: epath.PathLike, settings: Settings) -> None:
     """
     begin = time.monotonic()
     stages = models.find_stages(workdir)
+    folder = epath.Path(workdir) / "report"
+    report.reserve(folder)
     data_config = next(iter(stages.values())).data
     yardstick = measure.prepare(data_config, settings)
     _say("ready to measure", begin)
@@ -52,7 +54,6 @@ def run(workdir: epath.PathLike, settings: Settings) -> None:
     perfect = None
     if len(yardstick.starts):
         perfect = metrics.expected_total_variation(metrics.DIRECTION_LAW, settings.samples)
-    folder = epath.Path(workdir) / "report"
     report.write(
         table.Report(
             data=data_config.name,

@@ -108,7 +108,8 @@ class Yardstick:
     Attributes:
       settings: see `Settings`.
       video: uint8 `[E, context + frames, H, W, 3]`, the real clips.
-      episodes: how many episodes they are cut from: E, or fewer where there are too few.
+      episodes: how many episodes these and the reference are cut from: 2 E, or fewer where there
+        are too few.
       actions: int32 `[E, context + frames]`.
       states: of the arena, `[E, context + frames, ...]`; None in other worlds.
       starts: int, episodes from whose first frame directions are sampled; empty in other worlds.
@@ -156,7 +157,7 @@ def prepare(data_config: ml_collections.ConfigDict, settings: Settings) -> Yards
     return Yardstick(
         settings=settings,
         video=video,
-        episodes=len(np.unique(clips["episode"][:episodes])),
+        episodes=len(np.unique(clips["episode"])),
         actions=actions,
         states=states,
         starts=starts,
@@ -184,8 +185,8 @@ def figures(
 
     Returns:
       `frechet` and, where there are actions, `action_accuracy`; in the arena also `agent_error`
-      (pixels, at the last frame), `intact_<frame>` and `allowed` (shares) and, with `sampled`,
-      `directions` (total variation).
+      (pixels, at the last frame), `intact_<frame>` and `allowed` (shares), `turns` (a share, where
+      any ball can be followed) and, with `sampled`, `directions` (total variation).
       And, in the arena, `agent_error` (pixels) and `intact` (share) at every generated frame; None
       elsewhere.
     """
@@ -211,6 +212,9 @@ def figures(
         result[f"intact_{frame}"] = by_frame["intact"][frame - 1]
     allowed = metrics.allowed_transitions(reading, yardstick.actions)[:, context - 1 :]
     result["allowed"] = metrics.average(allowed.mean(1))
+    turned, known = (x[:, max(context - 2, 0) :] for x in metrics.turns(reading))
+    if turns := metrics.share(turned, known):
+        result["turns"] = turns
     if sampled is not None:
         balls = yardstick.states["balls"][yardstick.starts, 0]
         counts = metrics.direction_counts(arena.read(sampled), balls)

@@ -1,7 +1,7 @@
 """What is measured on clips: pure functions of arrays, each with its standard error.
 
 Everything that is drawn from one episode (or from one start) is dependent, so errors are taken over
-*episodes* (of a speed, over the pieces of its stream): of a mean by the spread of the episodes' own
+*episodes*: of a mean by the spread of the episodes' own
 means, of anything else by the jackknife, which leaves one episode out at a time. Where there are
 fewer episodes than clips they are taken over clips, and the report says so.
 
@@ -65,6 +65,22 @@ def jackknife(statistic: Callable[[np.ndarray], float], count: int) -> Figure:
     return Figure(value, float(error))
 
 
+def share(events: np.ndarray, cases: np.ndarray) -> Figure | None:
+    """The share of cases that are events, and its jackknife error over episodes.
+
+    Args:
+      events: bool `[E, ...]`, True only where `cases` is.
+      cases: bool `[E, ...]`; an episode may have many or none.
+
+    Returns:
+      None where all cases, or there are none, are of one episode.
+    """
+    events, cases = (x.reshape(len(x), -1).sum(1) for x in (events, cases))
+    if cases.sum() == cases.max():
+        return None
+    return jackknife(lambda kept: events[kept].sum() / cases[kept].sum(), len(cases))
+
+
 def difference(first: Figure, second: Figure) -> Figure:
     """`first - second`, over the same episodes where both have their values, else independent."""
     if first.values is not None and second.values is not None:
@@ -119,6 +135,25 @@ def allowed_transitions(reading: arena.Reading, actions: np.ndarray) -> np.ndarr
     return whole[:, :-1] & whole[:, 1:] & agent_right & right.all(-1)
 
 
+def turns(reading: arena.Reading) -> tuple[np.ndarray, np.ndarray]:
+    """Which balls turn where no wall can have turned them: by a kick, `arena.KICK_PROBABILITY`.
+
+    That is known of a ball that is intact in three frames and takes two whole steps, from places
+    out of reach of the walls. One that is smeared while it turns is not known to have turned.
+
+    Args:
+      reading: what `arena.read` saw in clips `[E, T, ...]`.
+
+    Returns:
+      Which turn with the step from frame t+1 to t+2, and of which it is known: bool `[E, T-2, 2]`.
+    """
+    step = np.diff(reading.balls, axis=1)  # [E, T-1, 2, 2]
+    is_step = (np.abs(step) >= TOLERANCE).all(-1) & ball_away_from_walls(2 * reading.balls[:, :-1])
+    is_step &= reading.intact[:, :-1] & reading.intact[:, 1:]
+    known = is_step[:, :-1] & is_step[:, 1:]
+    return known & (np.sign(step[:, :-1]) != np.sign(step[:, 1:])).any(-1), known
+
+
 # ------------------------------------------------------------------------- directions of the balls
 
 DIRECTION_LAW = np.full(4, 1 / 4)
@@ -127,13 +162,18 @@ stationary law the velocity is uniform, and a kick makes a uniform direction out
 """
 
 
+def ball_away_from_walls(balls: np.ndarray) -> np.ndarray:
+    """Whether a ball at `[..., 2]` (half pixels) cannot reach a wall with its next step."""
+    low, high = arena.BALL_LOW + arena.BALL_SPEED, arena.BALL_HIGH - arena.BALL_SPEED
+    return ((balls >= low) & (balls <= high)).all(-1)
+
+
 def away_from_walls(balls: np.ndarray) -> np.ndarray:
-    """Whether no ball at `[..., 2, 2]` (half pixels) can reach a wall with its next step.
+    """Whether neither ball at `[..., 2, 2]` (half pixels) can reach a wall with its next step.
 
     There the four velocities are four directions, with the probabilities `DIRECTION_LAW`.
     """
-    low, high = arena.BALL_LOW + arena.BALL_SPEED, arena.BALL_HIGH - arena.BALL_SPEED
-    return ((balls >= low) & (balls <= high)).all((-1, -2))
+    return ball_away_from_walls(balls).all(-1)
 
 
 def direction_counts(reading: arena.Reading, balls: np.ndarray) -> np.ndarray:

@@ -60,6 +60,8 @@ _ROWS = (
     ("ar_48", "AR teacher", "ar_diffusion", 48, None),
     ("ar_1", "AR teacher, undistilled", "ar_diffusion", 1, 1),
     ("ar_2", "AR teacher, undistilled", "ar_diffusion", 2, 2),
+    ("ar_4", "AR teacher, undistilled", "ar_diffusion", 4, 4),
+    ("ar_2_first_4", "AR teacher, undistilled", "ar_diffusion", 2, 4),
     ("ode_1", "Student after causal ODE", "ode", 1, 1),
     ("ode_2", "Student after causal ODE", "ode", 2, 2),
     ("ode_4", "Student after causal ODE", "ode", 4, 4),
@@ -229,5 +231,5 @@ def speed(model: Model, context: np.ndarray, actions: np.ndarray) -> metrics.Fig
     times = []
     for _ in model.stream(context[None], actions, jax.random.key(0)):
         times.append(time.perf_counter())
-    seconds = np.diff(times)[1:]
-    return metrics.jackknife(lambda kept: model.piece / seconds[kept].mean(), len(seconds))
+    seconds = (times[-1] - times[1]) / (len(times) - 2)
+    return metrics.Figure(model.piece / seconds, np.nan)  # no error: see the column's meaning

@@ -55,10 +55,12 @@ def _introduction(report: Report) -> str:
     settings = report.settings
     given = "one given frame" if settings.context == 1 else f"{settings.context} given frames"
     clips, error = f"{settings.episodes} held-out episodes", "mean ± standard error over episodes."
-    if report.episodes < settings.episodes:
-        clips = f"{settings.episodes} clips of {report.episodes} held-out episodes"
+    if report.episodes < settings.clips:
+        clips = f"{settings.episodes} held-out clips"
         error = (
-            "mean ± standard error over clips, which is too small: those of one episode are alike."
+            "mean ± standard error over clips. With the Fréchet distance's reference, as many "
+            f"others, they are cut from {report.episodes} episodes, and parts of one are alike: "
+            "errors, and the distance of real clips, are too small."
         )
     return (
         f"{clips} of {report.data}: from {given} and the episode's actions, each model continues "

@@ -1,11 +1,13 @@
 """The report of an evaluation: a folder with README.md, index.html, pictures and videos."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
 import os
 import pathlib
 import platform
+from collections.abc import Iterator
 
 import jax
 from etils import epath
@@ -31,16 +33,29 @@ def read_job(workdir: epath.Path, stage: str, steps: int, batch_size: int) -> Jo
     return Job(workdir.name, stage, steps, batch_size, log)
 
 
+def reserve(folder: epath.PathLike) -> None:
+    """Makes the folder of a report, and sees that it can be written, before that takes minutes.
+
+    Raises:
+      UserError: it cannot.
+    """
+    probe = epath.Path(folder) / "new"
+    with _writing(folder):
+        probe.mkdir(parents=True, exist_ok=True)
+        probe.rmdir()
+
+
 def write(report: Report, folder: epath.PathLike) -> None:
-    """Writes the report into a folder, which is made if it is missing; `index.html` comes last.
+    """Writes the report into a folder, in the place of one that is there; `index.html` comes last.
 
     Raises:
       UserError: the folder cannot be written.
     """
     folder = epath.Path(folder)
-    try:
-        (folder / "videos").mkdir(parents=True, exist_ok=True)
+    with _writing(folder):
         (folder / "index.html").unlink(missing_ok=True)  # of another report, no longer whole
+        (folder / "videos").rmtree(missing_ok=True)  # it may have had other rows
+        (folder / "videos").mkdir(parents=True)
         media.write_image(folder / "comparison.png", pictures.comparison(report))
         if report.row("real").by_frame:
             pictures.plot_by_frame(report, folder / "by_frame.png")
@@ -51,6 +66,12 @@ def write(report: Report, folder: epath.PathLike) -> None:
         (folder / "results.json").write_text(json.dumps(_as_json(report), indent=1) + "\n")
         (folder / "README.md").write_text(pages.markdown(report))
         (folder / "index.html").write_text(pages.html_page(report))
+
+
+@contextlib.contextmanager
+def _writing(folder: epath.PathLike) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{folder}: the report cannot be written ({error})") from error
 

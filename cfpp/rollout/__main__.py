@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -77,7 +78,7 @@ def parse_actions(text: str, num_actions: int) -> list[int]:
     actions = []
     for word in text.split(","):
         action, _, times = word.strip().partition("x")
-        if not (action + times).isascii() or not action.isdigit() or not (times or "1").isdigit():
+        if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})?", word.strip()):
             raise UserError(f"--actions: {word!r} is neither a NUMBER from 0 on nor NUMBERxTIMES")
         if int(action) >= num_actions:
             raise UserError(

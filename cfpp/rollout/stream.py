@@ -9,7 +9,6 @@ import numpy as np
 from cfpp.attention.cache import Cache
 from cfpp.models import codec
 from cfpp.models.network import Condition, Params
-from cfpp.parallel import mesh
 from cfpp.rollout.generate import Rollout, Stream, gaussian_noise
 
 
@@ -44,10 +43,11 @@ class Player:
         self._params = params = jax.tree.map(jnp.asarray, params)  # where they are NumPy's
         self._rng = rng
         self._stream = _start(self._rollout, params, jnp.asarray(context), condition)
-        if mesh.ambient() is None:
+        devices = jax.tree.leaves(params)[0].devices()
+        if len(devices) == 1:
             # An empty cache depends on no parameter, so JAX leaves open where it lives. Saying so
             # now saves the second chunk from being compiled anew.
-            self._stream = jax.device_put(self._stream, jax.tree.leaves(params)[0].sharding)
+            self._stream = jax.device_put(self._stream, *devices)
         self._schedule = 0  # the first chunk's, then 1
 
     @property

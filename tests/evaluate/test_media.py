@@ -3,6 +3,7 @@
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from PIL import Image
 
 from cfpp import media
 from cfpp.errors import UserError
@@ -84,6 +85,27 @@ def test_image_faults(tmp_path):
         media.read_image(tmp_path / "cut.png", 6, 9)
     with pytest.raises(UserError, match="cannot be read"):
         media.read_image(tmp_path, 6, 9)
+
+
+def test_kinds_of_pictures(tmp_path):
+    """A picture is read as it looks, or not at all."""
+    colours = np.random.default_rng(0).integers(0, 256, (6, 9, 3)).astype(np.uint8)
+    image, turned = Image.fromarray(colours), Image.Exif()
+    turned[0x0112] = 3  # taken upside down
+    image.save(tmp_path / "turned.png", exif=turned)
+    np.testing.assert_array_equal(
+        media.read_image(tmp_path / "turned.png", 6, 9), colours[::-1, ::-1]
+    )
+    image.putalpha(255)
+    image.save(tmp_path / "opaque.png")
+    np.testing.assert_array_equal(media.read_image(tmp_path / "opaque.png", 6, 9), colours)
+    image.putalpha(254)
+    image.save(tmp_path / "clear.png")
+    with pytest.raises(UserError, match="is transparent in places; give it a background"):
+        media.read_image(tmp_path / "clear.png", 6, 9)
+    Image.fromarray(np.full((6, 9), 300, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match="more than 8 bits a colour"):
+        media.read_image(tmp_path / "deep.png", 6, 9)
 
 
 def test_tile_places_every_video():

@@ -21,6 +21,7 @@ def clips():
         "actions": np.stack([episode["actions"] for episode in episodes]),
         "agent": np.stack([episode["states"]["agent"] for episode in episodes]),
         "balls": np.stack([episode["states"]["balls"] for episode in episodes]),
+        "kicks": np.stack([episode["states"]["kicks"] for episode in episodes]),
     }
 
 
@@ -73,6 +74,17 @@ def test_true_clips_obey(clips):
     assert metrics.agent_error(reading, clips["agent"]).max() < 0.05
     assert reading.intact.mean() == 1
     assert metrics.allowed_transitions(reading, clips["actions"]).all()
+
+
+def test_balls_turn_where_they_are_kicked(clips):
+    """Read from pictures, against the world's own states."""
+    turned, known = metrics.turns(arena.read(clips["video"]))
+    kicked = clips["kicks"][:, 2:] != 0
+    np.testing.assert_array_equal(turned, known & kicked)
+    assert known.mean() > 0.3 and turned.any()
+    figure = metrics.share(turned, known)
+    assert figure.mean == turned.sum() / known.sum() and 0 < figure.error < figure.mean
+    assert metrics.share(known[:1], known[:1]) is None  # of one episode
 
 
 def test_agent_error_is_the_distance(clips):

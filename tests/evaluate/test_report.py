@@ -98,9 +98,9 @@ def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
 
     results = json.loads((folder / "results.json").read_text())
     keys = [row["key"] for row in results["rows"]]
-    students = [f"{stage}_{steps}" for stage in ("cd", "dmd") for steps in (1, 2, 4, "2_first_4")]
-    assert keys == ["real", "ar_48", "ar_1", "ar_2", *students, "base_48"]
-    assert loaded == [keys[1:4], keys[4:8], keys[8:12], keys[12:]]  # each stage once
+    few = [f"{stage}_{steps}" for stage in ("ar", "cd", "dmd") for steps in (1, 2, 4, "2_first_4")]
+    assert keys == ["real", "ar_48", *few, "base_48"]
+    assert loaded == [keys[1:6], keys[6:10], keys[10:14], keys[14:]]  # each stage once
     for row in results["rows"]:
         figures, by_frame = row["figures"], row["by_frame"]
         assert [len(column) for column in by_frame.values()] == [SETTINGS["frames"]] * 2
@@ -185,7 +185,7 @@ def test_other_worlds_leave_out_the_physics(tmp_path, num_actions):
     readme = (tmp_path / "report" / "README.md").read_text()
     assert ("Action accuracy" in readme) == (num_actions > 0)
     assert "the bidirectional base of stage 0" in readme
-    assert "6 clips of 4 held-out episodes" in readme and "over clips, which is too small" in readme
+    assert "6 held-out clips of atari" in readme and "are cut from 4 episodes, and parts" in readme
     assert not any(word in readme for word in ("intact", "Agent error", "Directions", "loss.png"))
     assert not (tmp_path / "report" / "by_frame.png").exists()
 
@@ -239,6 +239,7 @@ def test_settings_out_of_range(workdir):
 def test_report_that_cannot_be_written(workdir, monkeypatch):
     freeze(monkeypatch)
     (workdir / "stage1" / "report").write_text("in the way")
+    monkeypatch.setattr(measure, "prepare", None)  # it is told before anything takes minutes
     with pytest.raises(UserError, match="the report cannot be written"):
         job.run(workdir / "stage1", measure.Settings(**SETTINGS))
 
@@ -276,7 +277,7 @@ def test_models_generate(stage, monkeypatch):
     other = model.generate(context, actions, jax.random.key(0))
     np.testing.assert_array_equal(other[:, :4], video[:, :4])
     rate = models.speed(model, context[0], actions[0, :1])
-    assert rate.mean > 0 and np.isfinite(rate.error)
+    assert rate.mean > 0
 
 
 def test_an_undistilled_teacher_takes_the_schedule_of_its_student(monkeypatch):
@@ -305,7 +306,7 @@ def test_a_base_of_single_frames_continues_none(monkeypatch):
 
 
 def test_speed_of_long_pieces(monkeypatch):
-    """A second each, of 40 frames: of those beyond the second, there are enough for an error."""
+    """A second each, of 40 frames."""
     clock = itertools.count()
     monkeypatch.setattr(models.time, "perf_counter", lambda: float(next(clock)))
 
@@ -315,4 +316,4 @@ def test_speed_of_long_pieces(monkeypatch):
 
     model = models.Model(pieces, 40, 1)
     rate = models.speed(model, np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int32))
-    assert (rate.mean, rate.error) == (40.0, 0.0)
+    assert rate.mean == 40.0

@@ -38,7 +38,7 @@ class AtariConfig(recording.RecordingConfig):
 class Builder(recording.EpisodeBuilder):
     """Gameplay of one game."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # 1.0.0 has fewer test episodes
 
     def features(self) -> tfds.features.FeaturesDict:
         """Video and actions."""
