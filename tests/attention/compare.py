@@ -83,8 +83,11 @@ def check(
     rounded = expected
     if dtype != "float32":
         rounded = results(reference.attend, qkv, cotangents, mask)
+    size = {name: np.linalg.norm(value) for name, value in expected.items()}
     for name, value in values.items():
-        allowed = 2e-6 + 2 * error(rounded[name], expected[name])
+        # Where a query sees a single key, terms of dq and dk as large as dv cancel altogether.
+        cancelled = size["dv"] / max(size[name], 1e-30) if name in ("dq", "dk") else 0.0
+        allowed = 2e-6 * max(1.0, cancelled) + 2 * error(rounded[name], expected[name])
         assert error(value, expected[name]) < allowed, name
 
 
