@@ -20,8 +20,8 @@ class RecordingConfig(tfds.core.BuilderConfig):
 
     Attributes:
       episodes: number of episodes of the train split. The test split has an eighth of it, but at
-        least 64 (of short trainings), or 128 where that is a quarter at most: the evaluation takes
-        64 and, as the reference of the Frechet distance, as many others.
+        least 64 (of short trainings), or 128 where that is half at most: the evaluation takes 64
+        and, as the reference of the Frechet distance, as many others.
       episode_frames: frames in each episode.
     """
 
@@ -31,7 +31,7 @@ class RecordingConfig(tfds.core.BuilderConfig):
 
     def split_sizes(self) -> dict[str, int]:
         """Number of episodes of each split."""
-        test = max(64, min(128, self.episodes // 4), self.episodes // 8)
+        test = max(64, min(128, self.episodes // 2), self.episodes // 8)
         return {"train": self.episodes, "test": test}
 
 

@@ -1,9 +1,9 @@
 """What is measured on clips: pure functions of arrays, each with its standard error.
 
 Everything that is drawn from one episode (or from one start) is dependent, so errors are taken over
-*episodes*: of a mean by the spread of the episodes' own
-means, of anything else by the jackknife, which leaves one episode out at a time. Where there are
-fewer episodes than clips they are taken over clips, and the report says so.
+*episodes*: of a mean by the spread of the episodes' own means, of anything else by the jackknife,
+which leaves one episode out at a time. Where there are fewer episodes than clips they are taken
+over clips, and the report says so.
 
 The physics of the arena is read back out of the pictures by `cfpp.data.arena.read`, of real clips
 as of generated ones. Letters: E episodes, T frames, S starts, N samples of one start.

@@ -171,7 +171,7 @@ def _model(row: Row, network: Network, config: ml_collections.ConfigDict, params
         return Model(stream, config.data.frames - 1, sampler.steps)
     if row.stage == "ar_diffusion" and row.first_steps:  # as if it were distilled
         sampler = student_sampler(row.student or config, row.steps, row.first_steps)
-        rollout = generate.for_stage(network, config).replace(sampler=sampler, guidance=1.0)
+        rollout = generate.for_stage(network, config).replace(sampler=sampler)
     else:
         rollout = generate.for_stage(network, config, row.steps, row.first_steps)
     chunk = rollout.network.pattern.chunk

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from cfpp import media
+from cfpp import media, paths
 from cfpp.errors import UserError
 from cfpp.evaluate import metrics, pages, pictures
 from cfpp.evaluate.table import Job, Report
@@ -40,6 +40,8 @@ def reserve(folder: epath.PathLike) -> None:
       UserError: it cannot.
     """
     probe = epath.Path(folder) / "new"
+    if paths.is_remote(probe):
+        return  # buckets have no folders
     with _writing(folder):
         probe.mkdir(parents=True, exist_ok=True)
         probe.rmdir()

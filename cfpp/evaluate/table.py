@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cfpp.data import arena
 from cfpp.evaluate import metrics
 from cfpp.evaluate.measure import ByFrame, Settings, intact_frames
 
@@ -165,7 +166,7 @@ def columns(report: Report) -> list[Column]:
         Column(
             "turns", "Turns", "of balls (%)", "", True, 1,
             "how often a ball turns where no wall can have turned it, of those that can be "
-            "followed through three frames: by chance, in the world 3 % of the time.",
+            f"followed through three frames. The world turns {arena.KICK_PROBABILITY:.0%} by chance.",
         ),
         Column(
             "directions", "Directions", "TV distance", "less", False, 3,

@@ -283,6 +283,7 @@ def test_models_generate(stage, monkeypatch):
 def test_an_undistilled_teacher_takes_the_schedule_of_its_student(monkeypatch):
     teacher, student = stage1.get_config("smoke"), stage2.get_config("smoke")
     teacher.shift, student.positions = 3.0, (1000.0, 125.0)
+    teacher.guidance = 2.0  # which a student has distilled
     store(monkeypatch, teacher, {})
     folders = pathlib.Path("stage1"), pathlib.Path("stage2")
     for trained, levels in (
@@ -293,7 +294,7 @@ def test_an_undistilled_teacher_takes_the_schedule_of_its_student(monkeypatch):
         (row,) = (row for row in rows if row.key == "ar_2")
         rollout = models.load([row])[0].stream.args[0]
         np.testing.assert_allclose(rollout.sampler.sigmas[:, :2], [levels] * 2, rtol=1e-6)
-        assert rollout.sampler.last.tolist() == [1, 1]
+        assert rollout.sampler.last.tolist() == [1, 1] and rollout.guidance == 2.0
 
 
 def test_a_base_of_single_frames_continues_none(monkeypatch):
