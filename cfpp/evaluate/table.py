@@ -166,7 +166,7 @@ def columns(report: Report) -> list[Column]:
         Column(
             "turns", "Turns", "of balls (%)", "", True, 1,
             "how often a ball turns where no wall can have turned it, of those that can be "
-            f"followed through three frames. The world turns {arena.KICK_PROBABILITY:.0%} by chance.",
+            f"followed through three frames. In the world it is {arena.KICK_PROBABILITY:.0%}.",
         ),
         Column(
             "directions", "Directions", "TV distance", "less", False, 3,
