@@ -82,7 +82,8 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
     config.pattern.first_chunk = config_dict.placeholder(int)  # where the first chunk differs
     if options.chunk > 1:
         config.pattern.first_chunk = 1  # clips start from one given frame
-    config.pattern.window = 2 * options.chunk + 4  # frames that a frame attends to, at most
+    # Frames that a frame attends to, at most: no more than in training, as they are told by place.
+    config.pattern.window = min(2 * options.chunk + 4, config.data.frames)
     config.pattern.sink = 0  # the first frames, which stay in the window
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
 

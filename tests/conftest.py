@@ -7,6 +7,7 @@ import pathlib
 import signal
 import sys
 
+import hypothesis
 import jax
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and their programs too.
@@ -18,6 +19,14 @@ os.environ.setdefault("NPROC", "16")
 jax.config.update("jax_disable_most_optimizations", True)
 # XLA's newer emitters of fusions for the CPU take half of the time that programs of tests compile.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
+# Always the same examples, so that a change is what breaks a test. HYPOTHESIS_PROFILE=default draws
+# new ones.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+# Or imageio forks a process with JAX's threads in it, which may hang.
+os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")
 
 # Tracing makes objects by the million, and hardly a cycle that would have to be collected.
 gc.set_threshold(100_000, 50, 50)

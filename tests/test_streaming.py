@@ -264,8 +264,26 @@ def test_frames_do_not_wait_for_their_context_pass():
     with mock.patch.object(stream_module, "_remember", remembered):
         player = Player(rollout, tiny.params(net), context, condition, jax.random.key(0))
         chunks = [player.play(np.zeros((1, 1), np.int32)).shape[1] for _ in range(3)]
+    assert len(caches) == 3
     for n, frame in enumerate(caches):
         assert sorted(frame[frame >= 0]) == list(range(sum(chunks[:n])))[-3:]
+
+
+def test_actions_that_a_stream_cannot_take():
+    """One that the model does not know would make all later frames NaN."""
+    net = tiny.network(Pattern(chunk=2, window=4), channels=3)
+    context, condition = np.zeros((2, 0, 8, 12, 3), np.uint8), {"actions": np.zeros((2, 0), int)}
+    rollout = generate.Rollout(net, consistency(1, 1.0))
+    player = Player(rollout, tiny.params(net), context, condition, jax.random.key(0))
+    for actions, message in {
+        ((0, 1), (5, 2)): "actions are 0 to 2, got 0 to 5",
+        ((0, -1), (1, 2)): "got -1 to 2",
+        ((0,), (1,)): r"actions are \[2, 1\], not \[2, 2\]",
+        ((0, 1),): r"actions are \[1, 2\], not \[2, 2\]",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            player.play(np.array(actions))
+    assert player.play(np.array([[0, 1], [1, 2]])).shape == (2, 2, 8, 12, 3)
 
 
 @pytest.mark.parametrize("given", [0, 1])

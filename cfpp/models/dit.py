@@ -430,7 +430,8 @@ class DiT(nn.Module):
             split_rngs={"params": True},
             in_axes=in_axes,
             length=self.layers,
-            unroll=self.unroll,
+            # Without the loop XLA would see that what is rematerialised is there, and keep it.
+            unroll=self.unroll if self.remat == "none" else 1,
             # It traces a layer once more; left out of `init` too, the parameters would be others.
             check_constancy_invariants=self.is_initializing(),
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -132,9 +132,17 @@ def load(options: argparse.Namespace) -> tuple[checkpoint.Stored, Params]:
     """The model and its parameters, laid out over the devices of the ambient mesh if there is one.
 
     Raises:
-      UserError: there is no such model, or it does not divide over the mesh.
+      UserError: there is no such model, it is not one of pixels and actions, or it does not divide
+        over the mesh.
     """
-    stored = checkpoint.open_model(options.workdir or options.checkpoint)
+    path = options.workdir or options.checkpoint
+    stored = checkpoint.open_model(path)
+    dit = stored.network.dit
+    if dit.text_dim or dit.channels != 3:
+        raise UserError(
+            f"{path} is a model of {'text' if dit.text_dim else 'latents'}; this program streams "
+            "RGB pixels from actions, and cfpp.rollout.stream.Player all others"
+        )
     if not options.mesh:
         return stored, stored.load()
     device_mesh = jax.sharding.get_mesh()

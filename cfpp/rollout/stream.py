@@ -64,7 +64,11 @@ class Player:
 
         Returns:
           uint8 `[B, chunk, H, W, 3]`.
+
+        Raises:
+          ValueError: an action that the model does not know, or not one for each frame.
         """
+        self._check(actions)
         actions = jnp.asarray(actions, jnp.int32)
         first = self._stream.first
         if first is not None:
@@ -76,6 +80,16 @@ class Player:
             # A program of its own: it runs while the caller has the frames already.
             self._update(_remember)
         return np.asarray(video)
+
+    def _check(self, actions: np.ndarray) -> None:
+        """A wrong action would make the stream NaN for good, and a missing one count for all."""
+        network, given = self._rollout.network, np.asarray(actions)
+        clips, widths = self._stream.pending.shape[0], (self.chunk, network.pattern.chunk)
+        if given.shape not in [(clips, width) for width in widths]:
+            raise ValueError(f"actions are {list(given.shape)}, not {[clips, widths[0]]}")
+        known = network.dit.num_actions
+        if known and not 0 <= given.min() <= given.max() < known:
+            raise ValueError(f"actions are 0 to {known - 1}, got {given.min()} to {given.max()}")
 
     def wait(self) -> None:
         """Waits until nothing runs any more: a context pass of its own outlasts `play`."""

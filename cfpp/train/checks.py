@@ -8,6 +8,7 @@ from absl import logging
 from flax import traverse_util
 
 from cfpp import stages
+from cfpp.attention.pattern import Pattern
 from cfpp.data import sources
 from cfpp.errors import UserError
 from cfpp.models.dit import DiT
@@ -127,6 +128,26 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"config.data.frames is {config.data.frames}: with a first chunk of {first} frames no "
             f"chunk sees a frame before it; give at least {first + 1}"
+        )
+    if is_causal and window is not None and window > config.data.frames:
+        logging.warning(
+            "config.pattern.window is %d, but clips of config.data.frames=%d show at most as many; "
+            "streams will attend further back than was trained",
+            window,
+            config.data.frames,
+        )
+    pattern = Pattern(**config.pattern)
+    if is_causal and config.sample_every and pattern.after(1) != pattern:
+        logging.warning(
+            "samples and streams start from one frame, and chunks of %d begin anew after it, as in "
+            "no clip of training; give config.pattern.first_chunk=1",
+            chunk,
+        )
+    is_steered = config.model.num_actions or config.model.text_dim
+    if not is_steered and config.get("guidance", 1.0) != 1.0:
+        raise UserError(
+            f"config.guidance is {config.guidance}, but the model takes neither actions nor text; "
+            "use guidance 1"
         )
     # All sources that there are give pixels, and no texts; without one a job is for `cfpp.aot`.
     for name, value in {
@@ -272,6 +293,10 @@ def check_parents(
                 most,
                 config.given,
             )
+        if role == "real" and parent.stage == "bidirectional":
+            theirs, own = parent.data.frames, config.data.frames
+            if theirs != own:
+                logging.warning("%s has learned clips of %d frames, not of %d", where, theirs, own)
         theirs, own = parent.pattern.to_dict(), config.pattern.to_dict()
         if parent.stage != "bidirectional" and theirs != own:
             logging.warning("%s was trained with config.pattern %s, not %s", where, theirs, own)

@@ -28,7 +28,8 @@ def allowed(x, dtype):
     """The largest error of each entry, as `cfpp.attention.cache` states it."""
     scale = np.abs(x).max(-1, keepdims=True) / LARGEST_VALUES[dtype]
     rounding = scale / 2 if dtype == "int8" else np.maximum(np.abs(x) / 2**4, scale / 2**10)
-    return rounding * (1 + 1e-5)  # the scale is rounded to float32, and so is the product
+    # The quotient and the product are rounded too, by up to 127 * 2**-24 of a whole step each.
+    return rounding * (1 + 4e-5)
 
 
 @settings(deadline=None, max_examples=30)

@@ -23,7 +23,8 @@ def teacher_forced(frames: int, **pattern) -> np.ndarray:
 
 
 @settings(max_examples=4, deadline=None)
-@example(np.array([[0, 0], [0, 1], [0, 0]], bool), 1, 40, False)  # a single pair of tokens
+@example(np.array([[0, 0], [0, 1], [0, 0]], bool), 1, 40, False)  # dq and dk cancel
+@example(np.array([[0] * 3] * 3 + [[1, 1, 0], [0] * 3], bool), 1, 40, False)  # and the logarithm
 @given(
     compare.masks(),
     st.sampled_from([1, 3, 20, 33]),

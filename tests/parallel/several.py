@@ -220,9 +220,10 @@ def main(folder: pathlib.Path) -> None:
     found["one"] = fake_job(one, count=1, **once).end()
     found["one"]["losses"] = losses(one)
 
-    job = fake_job(killed, **often).at_step(6, then=(None, signal.SIGKILL))
+    # Slowed down, so that no step after these is logged before the signal comes.
+    job = fake_job(killed, pace=0.05, **often).at_step(6, then=(None, signal.SIGKILL))
     found["killed second"] = job.end()
-    job = fake_job(killed, **often).at_step(11, then=(signal.SIGKILL, None))
+    job = fake_job(killed, pace=0.05, **often).at_step(11, then=(signal.SIGKILL, None))
     found["killed first"] = job.end()
     found["restarted"] = fake_job(killed, **once).end()
     found["restarted"]["losses"] = losses(killed)

@@ -18,7 +18,7 @@ from cfpp.train import checkpoint, jobs
 from tests.train import fake
 
 DIM = 256
-CHANGES = {"steps": 18, "save_every": 1, "log_every": 1, "model": {"dim": DIM}}
+CHANGES = {"steps": 30, "save_every": 1, "log_every": 1, "model": {"dim": DIM}}
 KILLS = 5
 
 

@@ -403,6 +403,42 @@ def test_a_parent_of_another_pattern_is_told(finished, tmp_path, caplog):
     assert re.search("trained with config.pattern {'chunk': 1, .*, not {'chunk': 3, ", caplog.text)
 
 
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({}, None),
+        ({"sample_every": 5}, None),
+        ({"pattern": {"window": 9}}, "config.pattern.window is 9, but clips of config.data.frames"),
+        ({"pattern": {"chunk": 3}}, None),
+        ({"pattern": {"chunk": 3}, "sample_every": 5}, "give config.pattern.first_chunk=1"),
+        ({"pattern": {"chunk": 3, "first_chunk": 1}, "sample_every": 5}, None),
+    ],
+)
+def test_streams_that_are_not_as_training_are_told(changes, told, caplog):
+    checks.validate(fake.config(**changes))
+    messages = [record.getMessage() for record in caplog.records]
+    assert any(told in message for message in messages) if told else not messages
+
+
+def test_guidance_needs_a_condition():
+    config = fake.config(guidance=2.0, data={"num_actions": 0})
+    with pytest.raises(UserError, match="the model takes neither actions nor text; use guidance 1"):
+        checks.validate(config)
+
+
+def test_a_real_score_of_other_clips_is_told(caplog):
+    base = fake.config().copy_and_resolve_references().unlock()
+    base.stage = "bidirectional"
+    stage = asking("bidirectional")(fake.config())._replace(
+        parents={"real": asking("bidirectional")(fake.config()).parents["teacher"]}
+    )
+    for frames, told in ((8, False), (5, True)):
+        caplog.clear()
+        base.data.frames = frames
+        checks.check_parents(fake.config(init_from={"real": "b"}), stage, lambda path: base)
+        assert ("has learned clips of 5 frames, not of 8" in caplog.text) == told
+
+
 def test_more_given_frames_than_a_base_was_trained_with_are_told(caplog):
     base = fake.config().copy_and_resolve_references().unlock()
     base.stage = "bidirectional"
