@@ -298,7 +298,7 @@ class DiT(nn.Module):
       dtype: dtype of activations and matrix products; parameters are float32.
       remat: what the backward pass computes anew, one of `REMAT`.
       unroll: blocks in one turn of the loop over blocks: more runs faster on a CPU, one compiles
-        fastest.
+        fastest. With any `remat` but 'none' it is one.
       attention: the implementation, one of `attention.dispatch.IMPLEMENTATIONS` or 'auto'.
       history_gradient: what the entries' own keys get of the cached ones' gradient, 'none' or
         'straight_through'.
