@@ -54,7 +54,7 @@ def check_quickstart(workdir):
     results = json.loads((report / "results.json").read_text())
     assert [job["name"] for job in results["jobs"]] == list(config.jobs)
     keys = [row["key"] for row in results["rows"]]
-    assert {"real", "ar_48", "cd_1", "dmd_2", "base_48"} <= {*keys} and len(keys) == 13
+    assert {"real", "ar_48", "cd_1", "dmd_2", "base_48"} <= {*keys} and len(keys) == 15
     for row in results["rows"]:
         assert (report / "videos" / f"{row['key']}.mp4").stat().st_size > 0
         assert all(math.isfinite(figure["mean"]) for figure in row["figures"].values())
