@@ -357,7 +357,24 @@ def test_a_dataset_without_random_access_is_refused(tmp_path):
         sources.prepare(config)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="has TensorFlow")
+WITHOUT_TENSORFLOW = """
+import json, sys
+import ml_collections
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "tensorflow":
+            raise ModuleNotFoundError("No module named 'tensorflow'")
+
+sys.meta_path.insert(0, Hide())
+from cfpp.data import sources
+try:
+    sources.prepare(ml_collections.ConfigDict(json.loads(sys.argv[1])))
+except sources.UserError as error:
+    print(error)
+"""
+
+
 def test_features_that_need_tensorflow_are_an_error_without_it(tmp_path):
     config = prepare_plays(tmp_path, train=2, test=2)
     [file] = tmp_path.glob("plays/**/features.json")
@@ -369,8 +386,9 @@ def test_features_that_need_tensorflow_are_an_error_without_it(tmp_path):
         "video": {"dtype": "uint8", "encodingFormat": "png", "shape": shape},
     }
     file.write_text(json.dumps(features))
-    with pytest.raises(UserError, match="No module named 'tensorflow'; install the package"):
-        sources.prepare(config)
+    command = [sys.executable, "-c", WITHOUT_TENSORFLOW, json.dumps(config.to_dict())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "No module named 'tensorflow'; install the package" in done.stdout, done.stderr
 
 
 # --- Atari
