@@ -123,7 +123,9 @@ def test_every_field_is_read(stage, arg, monkeypatch):
     """By the stage or by what generates from its model, so that none can be set in vain."""
     config = config_of(stage, arg)
     by_the_loop = {"seed", "log_every", "save_every", "sample_every", "keep", "mesh"}
-    groups = {"config": config} | {name: group for name, group in config.items() if "ptim" in name}
+    # What the data, the model and the pattern are made of is read whole.
+    nested = {"optimizer", "critic_optimizer", "ema", "resample"}
+    groups = {"config": config} | {name: config[name] for name in nested & {*config}}
     known = {(id(group), field) for group in groups.values() for field in group}
     read, get = set(), ml_collections.ConfigDict.__getitem__
 
