@@ -156,6 +156,8 @@ def test_every_field_is_read(stage, arg, monkeypatch):
         ("model.channels", 4, "config.model.channels is 4, but arena gives RGB pixels"),
         ("data.frames", 65, "config.data.frames is 65, but episodes have 64 frames"),
         ("mesh.data", 3, "it does not multiply to"),
+        ("pattern.first_chunk", 0, "config.pattern: the first chunk has at least 1 frame, got 0"),
+        ("pattern.sink", -1, "config.pattern: a sink has at least 0 frames, got -1"),
         ("model.dtype", "float16", "float16, in which small gradients become 0; train in bf"),
     ],
 )

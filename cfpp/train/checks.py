@@ -84,6 +84,7 @@ def check(
     stage = build_stage(config)
     program.batch_sharding(stage, config, mesh.create(config.mesh))  # that all divides
     check_parents(config, stage, find)
+    tell_of_streams(config)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -129,20 +130,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.data.frames is {config.data.frames}: with a first chunk of {first} frames no "
             f"chunk sees a frame before it; give at least {first + 1}"
         )
-    if is_causal and window is not None and window > config.data.frames:
-        logging.warning(
-            "config.pattern.window is %d, but clips of config.data.frames=%d show at most as many; "
-            "streams will attend further back than was trained",
-            window,
-            config.data.frames,
-        )
-    pattern = Pattern(**config.pattern)
-    if is_causal and config.sample_every and pattern.after(1) != pattern:
-        logging.warning(
-            "samples and streams start from one frame, and chunks of %d begin anew after it, as in "
-            "no clip of training; give config.pattern.first_chunk=1",
-            chunk,
-        )
     is_steered = config.model.num_actions or config.model.text_dim
     if not is_steered and config.get("guidance", 1.0) != 1.0:
         raise UserError(
@@ -166,6 +153,30 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"config.data.frames is {config.data.frames}, but episodes have "
             f"{config.data.episode_frames} frames (config.data.episode_frames); give fewer"
+        )
+
+
+def tell_of_streams(config: ml_collections.ConfigDict) -> None:
+    """Tells where streams of a causal model will see what no clip of its training shows.
+
+    Args:
+      config: of a stage that can be built.
+    """
+    if config.stage == "bidirectional":
+        return
+    pattern, frames = Pattern(**config.pattern), config.data.frames
+    if pattern.window is not None and pattern.window > frames:
+        logging.warning(
+            "config.pattern.window is %d, but clips of config.data.frames=%d show at most as many; "
+            "streams will attend further back than was trained",
+            pattern.window,
+            frames,
+        )
+    if config.sample_every and pattern.after(1) != pattern:
+        logging.warning(
+            "samples and streams start from one frame, and chunks of %d begin anew after it, as in "
+            "no clip of training; give config.pattern.first_chunk=1",
+            pattern.chunk,
         )
 
 

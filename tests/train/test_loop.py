@@ -415,7 +415,7 @@ def test_a_parent_of_another_pattern_is_told(finished, tmp_path, caplog):
     ],
 )
 def test_streams_that_are_not_as_training_are_told(changes, told, caplog):
-    checks.validate(fake.config(**changes))
+    checks.tell_of_streams(fake.config(**changes))
     messages = [record.getMessage() for record in caplog.records]
     assert any(told in message for message in messages) if told else not messages
 
@@ -429,9 +429,8 @@ def test_guidance_needs_a_condition():
 def test_a_real_score_of_other_clips_is_told(caplog):
     base = fake.config().copy_and_resolve_references().unlock()
     base.stage = "bidirectional"
-    stage = asking("bidirectional")(fake.config())._replace(
-        parents={"real": asking("bidirectional")(fake.config()).parents["teacher"]}
-    )
+    stage = asking("bidirectional")(fake.config())
+    stage = stage._replace(parents={"real": stage.parents["teacher"]})
     for frames, told in ((8, False), (5, True)):
         caplog.clear()
         base.data.frames = frames
