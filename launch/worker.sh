@@ -38,18 +38,14 @@ start() {
 }
 
 jobs_one_after_another() {
-  local id=$1 code=0 begin error=
+  local id=$1 code=0 begin error='' stopped=''
   shift
   echo $$ >"$state/pid"
-  stopped=
   trap 'stopped=1' TERM # the job is told too, and ends first
   for job; do
     begin=$(wc -c <"$state/log")
     bash -c "exec .venv/bin/python -m cfpp.main $job" || code=$?
-    if told "$begin" 'run the same command to continue' >/dev/null; then
-      stopped=1 # where only the job was told, here or on another host
-    fi
-    if [ "$code" = 0 ] && [ -n "$stopped" ]; then
+    if [ "$code" = 0 ] && { [ -n "$stopped" ] || interrupted "$begin"; }; then
       code=143 # ended by SIGTERM, after saving: not through
     fi
     if [ "$code" != 0 ]; then
@@ -58,6 +54,10 @@ jobs_one_after_another() {
     fi
   done
   echo "$code $error" >"$state/$id.exit"
+}
+
+interrupted() { # whether a job that was told, here or on another host, has said so
+  told "$1" 'run the same command to continue' >/dev/null
 }
 
 told() { # the last line in the log that matches, from some byte on

@@ -4,6 +4,7 @@ Everything that the words say is computed from the figures. A difference is call
 it is larger than twice its standard error.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -101,6 +102,14 @@ SCHEDULES = {
     "4": "at 4 steps",
     "2_first_4": "at 2 steps, with 4 for the first frame",
 }
+
+# What is compared by each of them: a topic, the models after it, and before it the first that is
+# there.
+COMPARED = (
+    ("Stage 2", ("cd", "ode"), ("ar",)),
+    ("Stage 3", ("dmd",), ("cd", "ode")),
+    ("All distillation", ("dmd",), ("ar",)),
+)
 
 
 class Column(NamedTuple):
@@ -225,21 +234,13 @@ def findings(report: Report) -> list[Finding]:
     if teacher and undistilled:
         topic = "Fewer steps without distillation"
         found.append(Finding(topic, _compare(undistilled, teacher, chief)))
-    for schedule, words in SCHEDULES.items():
-        for stage in ("cd", "ode"):
-            student, undistilled = row(f"{stage}_{schedule}"), row(f"ar_{schedule}")
-            if student and undistilled:
-                found.append(Finding(f"Stage 2 {words}", _compare(student, undistilled, chief)))
-    for schedule, words in SCHEDULES.items():
-        before = row(f"cd_{schedule}") or row(f"ode_{schedule}")
-        after = row(f"dmd_{schedule}")
-        if before and after:
-            found.append(Finding(f"Stage 3 {words}", _compare(after, before, chief)))
-    for schedule, words in SCHEDULES.items():
-        undistilled, after = row(f"ar_{schedule}"), row(f"dmd_{schedule}")
-        if undistilled and after:
-            topic = f"All distillation {words}"
-            found.append(Finding(topic, _compare(after, undistilled, chief)))
+    for topic, afters, befores in COMPARED:
+        for (schedule, words), after in itertools.product(SCHEDULES.items(), afters):
+            one = row(f"{after}_{schedule}")
+            others = (row(f"{before}_{schedule}") for before in befores)
+            other = next(filter(None, others), None)
+            if one and other:
+                found.append(Finding(f"{topic} {words}", _compare(one, other, chief)))
     final = row("dmd_2_first_4") or row("dmd_2") or row("cd_2") or row("ode_2")
     if final and teacher:
         faster = final.figures["speed"].mean / teacher.figures["speed"].mean
