@@ -24,7 +24,7 @@ from cfpp import flow
 from cfpp.data import arena, pipeline
 from cfpp.evaluate import metrics
 from cfpp.models import codec
-from cfpp.train import checkpoint
+from cfpp.train import stored
 
 SIGMAS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.4)
 CLIPS = 128  # held-out, of which those count whose balls are away from walls
@@ -51,9 +51,9 @@ def posterior_mean(x: jax.Array, means: jax.Array, sigma: float) -> jax.Array:
 
 def measure(workdir: str) -> list[dict]:
     """The table of one teacher: a row a noise level."""
-    stored = checkpoint.open_model(workdir)
-    network, params = stored.network.without_unrolling(), stored.load()
-    clips = pipeline.test_clips(stored.config.data, CLIPS, 2)
+    model = stored.find(workdir)
+    network, params = model.network().without_unrolling(), model.load()
+    clips = pipeline.test_clips(model.config.data, CLIPS, 2)
     away = metrics.away_from_walls(clips["states"]["balls"][:, 0])
     clips = jax.tree.map(lambda x: x[away], clips)
     actions = jnp.asarray(clips["actions"])

@@ -19,7 +19,7 @@ from cfpp import flow
 from cfpp.evaluate import measure
 from cfpp.rollout import generate
 from cfpp.rollout.sampler import Sampler
-from cfpp.train import checkpoint
+from cfpp.train import stored
 
 SIGMAS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 SETTINGS = measure.Settings(episodes=128, probe_steps=1)  # no figure here needs the probe
@@ -28,10 +28,10 @@ SHOWN = ("intact_1", "intact_4", "intact_9", "intact_12", "directions", "agent_e
 
 def figures_of(workdir: str) -> list[dict]:
     """The table of one student: a row a noise level, each figure with its standard error."""
-    stored = checkpoint.open_model(workdir)
-    params = stored.load()
-    yardstick = measure.prepare(stored.config.data, SETTINGS)
-    rollout = generate.for_stage(stored.network, stored.config, 2)
+    model = stored.find(workdir)
+    config, params = model.config, model.load()
+    yardstick = measure.prepare(config.data, SETTINGS)
+    rollout = generate.for_stage(model.network(), config, 2)
     starts = yardstick.starts.repeat(SETTINGS.samples)
 
     def row(sigma):

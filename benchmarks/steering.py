@@ -16,7 +16,7 @@ from cfpp.data import pipeline
 from cfpp.evaluate import pictures
 from cfpp.rollout import generate
 from cfpp.rollout.__main__ import parse_actions
-from cfpp.train import checkpoint
+from cfpp.train import stored
 
 
 def main() -> None:
@@ -33,20 +33,20 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a .png file")
     options = parser.parse_args()
 
-    stored = checkpoint.open_model(options.model)
-    config, params = stored.config, stored.load()
+    model = stored.find(options.model)
+    network, config, params = model.network(), model.config, model.load()
     if options.data:
         config.data.directory = options.data
     clip = pipeline.test_clips(config.data, options.episode + 1, 1)
     first, given = clip["video"][-1:], clip["actions"][-1:]  # [1, 1, H, W, 3], [1, 1]
-    rollout, key = generate.for_stage(stored.network, config), jax.random.key(options.seed)
+    rollout, key = generate.for_stage(network, config), jax.random.key(options.seed)
 
     def video(action: int) -> np.ndarray:
         actions = np.pad(given, ((0, 0), (0, options.frames)), constant_values=action)
         later = rollout.clip(params, first, {"actions": actions}, key)
         return np.concatenate([first, later], 1)[0]
 
-    held = parse_actions(options.actions, stored.network.dit.num_actions)
+    held = parse_actions(options.actions, network.dit.num_actions)
     symbol = pictures.action_symbols(config.data.name, config.data.num_actions)
     strips = [media.Strip(symbol(action), "held", video(action)) for action in held]
     scale = max(1, round(pictures.STRIP_PIXELS / config.data.height))

@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from cfpp.train import checkpoint
+from cfpp.train import items
 from tests.parallel import several
 from tests.train import crash
 
@@ -36,7 +36,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/survive.json"
 PAGE = ROOT / "docs/launch.md"
 
-COMPARED = (checkpoint.MODEL, checkpoint.STATE, "losses")
+COMPARED = (items.MODEL, items.STATE, "losses")
 
 SAVE_EVERY = 2
 STEPS_A_HIT = 7  # of the run, that it lasts long enough
@@ -130,9 +130,9 @@ def final(workdir: pathlib.Path):
     step = crash.newest(workdir)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     arrays = {}
-    for item in (checkpoint.MODEL, checkpoint.STATE):
+    for item in (items.MODEL, items.STATE):
         handler = ocp.StandardCheckpointHandler()
-        path = checkpoint.epath.Path(workdir) / "checkpoints" / str(step) / item
+        path = workdir / "checkpoints" / str(step) / item
         template = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
             handler.metadata(path).tree,

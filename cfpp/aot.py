@@ -4,8 +4,8 @@ python -m cfpp.aot --config=configs/stage3.py:wan_1_3b --topology=v5p:4x4x4
 python -m cfpp.aot --config=configs/stage1.py:wan_1_3b --topology=v5e:8x8 --mesh=fsdp=16,context=4
 python -m cfpp.aot --config=configs/stage1.py:wan_1_3b --topology=v5p:4x4x4 --sweep
 
-It is the step that training runs, compiled by the TPU's own compiler (`pip install 'cfpp[tpu]'`) on
-any machine; nothing is executed and no data or parent model is needed. Per device it tells memory
+It is the step that training runs, compiled by the TPU's own compiler (the extra `tpu`) on any
+machine; nothing is executed and no data or parent model is needed. Per device it tells memory
 against the chip's, arithmetic and communication, and the least time that these take at the chip's
 nominal rates. `--sweep` compiles every mesh that the models divide over, and ranks them; it tries
 `data` up to 2 and `tensor` up to 4.
@@ -263,6 +263,7 @@ def run(config: Config, name: str, sizes: str | None, sweep: bool, out: str | No
     if "jobs" in config:
         raise UserError(f"--config has several jobs, {', '.join(config.jobs)}; give one stage's")
     config = config.copy_and_resolve_references()
+    checks.validate(config)
     devices = topology.devices(name)
     print(f"{config.stage} on {name}, {len(devices)} devices")
     tried = [mesh.sizes(sizes) if sizes else dict(config.mesh)]

@@ -31,6 +31,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def how_to_install(extra: str) -> str:
+    """What installs the packages of an extra. (The `cfpp` of PyPI is another project.)"""
+    return f"pip install -c constraints.txt -e '.[{extra}]' in the folder of cfpp"
+
+
 @contextlib.contextmanager
 def exit_on_user_error(interrupted: str = "interrupted") -> Iterator[None]:
     """Turns a `UserError` into one line on stderr and exit code 2, without a traceback.

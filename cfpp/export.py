@@ -17,9 +17,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
     flags = parser.parse_args(arguments)
 
-    from cfpp.train import checkpoint  # late: a mistake on the command line is told at once
+    from cfpp.train import stored  # late: a mistake on the command line is told at once
 
-    checkpoint.export(flags.workdir, flags.out)
+    stored.export(flags.workdir, flags.out)
     print(f"exported {flags.workdir} to {flags.out}")
 
 

@@ -19,8 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SOLVERS = ("euler", "heun")
-
 FLOOR = 0.05  # the least noise level that x - x0 is divided by
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x_sigma, sigma) -> v
@@ -114,19 +112,11 @@ def heun_step(
     return euler_step(x, v_mean, sigma, sigma_next)
 
 
-def solver_step(
-    solver: str, velocity_fn: Velocity, x: jax.Array, sigma: jax.Array, sigma_next: jax.Array
-) -> jax.Array:
-    """One step of `solver` from `sigma` to `sigma_next`.
-
-    Raises:
-      ValueError: `solver` is none of `SOLVERS`.
-    """
-    if solver == "euler":
-        return euler_step(x, velocity_fn(x, sigma), sigma, sigma_next)
-    if solver == "heun":
-        return heun_step(velocity_fn, x, sigma, sigma_next)
-    raise ValueError(f"solver must be 'euler' or 'heun', got {solver!r}")
+SOLVERS = {
+    "euler": lambda velocity_fn, x, *sigmas: euler_step(x, velocity_fn(x, sigmas[0]), *sigmas),
+    "heun": heun_step,
+}
+"""Steps of the probability-flow ODE by name: `(velocity_fn, x, sigma, sigma_next) -> x`."""
 
 
 def consistency_step(
@@ -158,3 +148,16 @@ def matching_loss(
     error = jnp.mean(jnp.square(v - velocity(x0, noise)), axis=(2, 3, 4))
     floor = max(floor, FLOOR)
     return error * jnp.square(jnp.clip(sigma, FLOOR, floor) / floor)
+
+
+def bell_weight(sigma: jax.Array, s: float) -> jax.Array:
+    """The weight of a noise level by which Wan was trained, and the public code's stage 1.
+
+    A bell around 1/2 that comes down to 0 at both ends: exp(-2 (sigma - 1/2)^2) - exp(-1/2).
+
+    Args:
+      sigma: noise levels.
+      s: the shift that they are drawn with; over all levels of that the mean is 1.
+    """
+    bell = lambda sigma, exp: exp(-2 * (sigma - 0.5) ** 2) - np.exp(-0.5)
+    return bell(sigma, jnp.exp) / bell(grid(1000, s)[:-1], np.exp).mean()

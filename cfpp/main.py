@@ -7,6 +7,8 @@ The same command continues what was interrupted. What takes long to import is im
 mistake on the command line is told at once.
 """
 
+import atexit
+import os
 import signal
 import sys
 
@@ -39,7 +41,11 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def _leave(*_) -> None:
+    """Ends the process, whatever it is at, once what is open has been closed."""
     print("interrupted; run the same command to continue", flush=True)
+    # Before all else that Python does at its end: XLA may compute on, in threads of its own, and
+    # would crash where that takes away what it needs.
+    atexit.register(os._exit, 0)
     sys.exit()
 
 

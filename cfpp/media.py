@@ -171,13 +171,12 @@ def read_image(path: epath.PathLike, height: int, width: int) -> np.ndarray:
 
 
 def write_image(path: epath.PathLike, image: np.ndarray) -> None:
-    """Writes a picture, uint8 `[H, W, 3]`, as PNG (or what the file name's ending says)."""
+    """Writes a picture, uint8 `[H, W, 3]`, as PNG."""
     path = epath.Path(path)
     check_writable(path)
     try:
         encoded = io.BytesIO()
-        kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
-        Image.fromarray(np.asarray(image)).save(encoded, kind)
+        Image.fromarray(np.asarray(image)).save(encoded, "PNG")
         path.write_bytes(encoded.getvalue())
     except OSError as error:
         raise UserError(f"{path}: the picture could not be written ({error})") from error

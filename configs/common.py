@@ -104,7 +104,6 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
         config.pattern.window = config.data.frames
         config.mesh.update({"data": 1, "fsdp": -1})
         config.shift = 5.0
-        config.ema.start = 200
         config.frozen_dtype = "bfloat16"
     return config
 
@@ -121,6 +120,8 @@ def schedule(options: ConfigDict) -> ConfigDict:
         config.first_positions = (1000.0, 500.0, 250.0, 100.0)
     if options.world == "wan_1_3b":
         config.shift = 5.0
+        if options.chunk > 1:  # published with four steps in every chunk
+            config.positions = config.first_positions
     return config
 
 

@@ -15,6 +15,7 @@ def get_config(arg: str = ""):
     config.optimizer = common.muon()
     config.draws = 1  # noisy draws that share a clean pass
     config.sigma_floor = 0.3  # noise levels below weigh less
+    config.bell_weight = False  # whether those near 1/2 weigh more, and 0 and 1 nothing
     # How often the model makes the history that it is forced on, and from which noise levels.
     config.resample = ml_collections.ConfigDict({"rate": 0.0, "sigma": (0.3, 0.8)})
     config.drop_rate = 0.0  # how often the condition is dropped, for guidance
@@ -23,7 +24,7 @@ def get_config(arg: str = ""):
     if options.world == "wan_1_3b":
         config.steps = 20_000
         config.optimizer = common.wan_optimizer()
-        config.sigma_floor = 0.0
+        config.sigma_floor, config.bell_weight = 0.0, True
         config.drop_rate = 0.1
         config.ema.decay = 0.0  # published without an average
     else:

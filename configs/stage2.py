@@ -28,7 +28,7 @@ def get_config(arg: str = ""):
         config.optimizer = common.wan_optimizer()
         config.grid_steps = 48
         config.guidance = 3.0
-        config.ema.decay, config.ema.start = 0.99, 0  # it gives the target from the first step on
+        config.ema.decay = 0.99  # it gives the target, from the first step on
     else:
         # What a coarse grid learns soon, a finer one refines (docs/experiments.md).
         config.grid_doublings = 2

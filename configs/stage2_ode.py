@@ -24,6 +24,6 @@ def get_config(arg: str = ""):
         config.grid_steps = 48
         config.optimizer.b1 = 0.9
         config.positions = (1000.0, 750.0, 500.0, 250.0)
-        config.guidance = 3.0
+        config.guidance = 6.0  # of the teacher's paths
         config.ema.decay = 0.0  # published without an average
     return config

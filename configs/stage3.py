@@ -32,11 +32,12 @@ def get_config(arg: str = ""):
     config.init_from.real = "runs/stage1"
     config.init_from.critic = ""  # where the critic starts; '' is the real score
     if options.world == "wan_1_3b":
-        config.steps = 1000
+        # Published as 1,000 iterations, every fifth of which is a step of the student's too, and an
+        # average from iteration 200 on.
+        config.steps, config.critic_steps = 200, 5
         config.optimizer = common.wan_optimizer()
         config.critic_optimizer = common.wan_optimizer(4e-7)
-        config.critic_steps = 5
-        config.ema.decay = 0.99
+        config.ema.decay, config.ema.start = 0.99, 40
         config.given = 0
         config.sigma_floor = 0.0
         config.real_score = "bidirectional"

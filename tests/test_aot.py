@@ -74,7 +74,7 @@ def test_slices_that_exist(aot, name):
 
 def test_the_compiler_is_missing(aot, monkeypatch):
     monkeypatch.setattr(aot.topology.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'cfpp\[tpu\]'"):
+    with pytest.raises(UserError, match=r"pip install .* -e '\.\[tpu\]'"):
         aot.topology.devices("v5e:2x2")
 
 
@@ -145,6 +145,14 @@ def test_what_does_not_fit(aot):
     assert "accumulate" not in aot.advice(config, report(aot, fits=False))
     config.model.remat = "none"
     assert "--config.model.remat=full" in aot.advice(config, report(aot, fits=False))
+
+
+@pytest.mark.parametrize("field, value", [("data.text_tokens", 0), ("draws", 0)])
+def test_what_could_not_be_trained_is_not_compiled(aot, field, value):
+    config = importlib.import_module("configs.stage1").get_config("wan_1_3b")
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=f"{field} is 0"):
+        aot.run(config, "v5p:2x2x1", None, False, None)
 
 
 def test_a_sweep_without_meshes(aot, monkeypatch):

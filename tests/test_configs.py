@@ -56,8 +56,13 @@ def test_wan(stage):
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (2e-6, 0.01)
     assert (config.optimizer.clip, config.batch_size) == (10.0, 64)
     # The average of stage 2 gives its target; stages 1 and 2' are published without any.
-    averages = {"stage0": (0.99, 200), "stage2": (0.99, 0), "stage3": (0.99, 200)}
-    assert (config.ema.decay, config.ema.start) == averages.get(stage, (0.0, 200))
+    averages = {"stage0": (0.99, 0), "stage2": (0.99, 0), "stage3": (0.99, 200 / 5)}
+    assert (config.ema.decay, config.ema.start) == averages.get(stage, (0.0, 0))
+    published = {"stage1": 20_000, "stage2": 5000, "stage2_ode": 5000, "stage3": 1000 / 5}
+    assert config.steps == published.get(stage, config.steps)
+    guidance = {"stage2": 3.0, "stage2_ode": 6.0, "stage3": 4.0}  # v_uncond + w (v_cond - v_uncond)
+    assert config.get("guidance", 1.0) == guidance.get(stage, 1.0)
+    assert config.get("critic_steps", 5) == 5
     for role, parent in built.parents.items():
         assert config.init_from[role] or not parent.required
 

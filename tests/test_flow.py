@@ -55,7 +55,7 @@ def test_order_of_the_solvers(solver, order):
 
         def step(x, sigmas):
             a, b = (jnp.full(SHAPE[:2], sigma) for sigma in sigmas)
-            return flow.solver_step(solver, velocity, x, a, b), None
+            return flow.SOLVERS[solver](velocity, x, a, b), None
 
         def error(steps):
             grid = jnp.linspace(1.0, 0.1, steps + 1)
@@ -69,7 +69,7 @@ def test_order_of_the_solvers(solver, order):
 def test_heun_is_euler_at_the_last_step():
     velocity = lambda x, sigma: x + flow.expand(sigma, x)
     zero = jnp.zeros(SHAPE[:2])
-    euler, heun = (flow.solver_step(s, velocity, X0, SIGMA, zero) for s in ("euler", "heun"))
+    euler, heun = (flow.SOLVERS[s](velocity, X0, SIGMA, zero) for s in ("euler", "heun"))
     np.testing.assert_array_equal(euler, heun)
 
 

@@ -16,7 +16,7 @@ from cfpp.errors import UserError
 from cfpp.evaluate import __main__ as evaluation_command
 from cfpp.models.network import FIELDS
 from cfpp.rollout import __main__ as rollout_command
-from cfpp.train import checkpoint, jobs, loop
+from cfpp.train import checkpoint, items, jobs, loop, stored
 from configs import quickstart
 from tests.train import fake
 
@@ -116,7 +116,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
             break
     out, err = run.communicate()
     assert run.returncode == 0 and "Traceback" not in err
-    (step,) = checkpoint.steps(tmp_path / "run" / "checkpoints")
+    (step,) = items.steps(tmp_path / "run" / "checkpoints")
     assert f"interrupted at step {step}, saved; run the same command to continue" in out
 
 
@@ -166,9 +166,7 @@ def test_a_job_of_several_stages(job, tmp_path, capsys):
     assert [line.partition(",")[0] for line in told[:2]] == ["fake: finished"] * 2
     assert told[2] == f"the report is in {tmp_path / 'moved/report'}"
     assert evaluation.call_count == 1
-    assert checkpoint.load_model(tmp_path / "moved")[0].init_from.teacher == str(
-        tmp_path / "moved/first"
-    )
+    assert stored.find(tmp_path / "moved").config.init_from.teacher == str(tmp_path / "moved/first")
 
 
 def test_a_finished_job_evaluates_anew_with_other_settings(job, tmp_path):

@@ -125,6 +125,7 @@ def test_contract(variant):
         ("dmd", {"given": 4}, "given is 4; it must be at least 0 and less than 4 frames"),
         ("dmd", {"score_sigma": (0.9, 0.1)}, "score_sigma must be a range within 0 and 1"),
         ("dmd", {"score_sigma": (0.1, 0.5, 0.9)}, "score_sigma must be a range within 0 and 1"),
+        ("dmd", {"score_sigma": (0.0, 0.9)}, "score_sigma starts at 0, where a clip is not noised"),
         (
             "dmd",
             {"pattern.sink": 4, "pattern.window": 8},

@@ -29,7 +29,7 @@ from cfpp.rollout import generate
 from cfpp.rollout import stream as stream_module
 from cfpp.rollout.sampler import consistency
 from cfpp.rollout.stream import Player
-from cfpp.train import checkpoint, jobs
+from cfpp.train import jobs, stored
 from configs import common
 from tests import tiny
 
@@ -162,7 +162,7 @@ def test_a_mesh_of_one_device(workdir):
 
 
 def test_export_is_enough(workdir, tmp_path):
-    checkpoint.export(workdir, tmp_path / "export")
+    stored.export(workdir, tmp_path / "export")
     picture = tmp_path / "first.png"
     media.write_image(picture, np.full((32, 32, 3), 20, np.uint8))
     arguments = ["--frames=2", "--steps=1", f"--first_frame={picture}"]
@@ -173,7 +173,7 @@ def test_export_is_enough(workdir, tmp_path):
 
 
 def test_starts_from_a_held_out_frame_or_from_noise(workdir, capsys):
-    config = checkpoint.open_model(workdir).config
+    config = stored.find(workdir).config
     held_out = pipeline.test_clips(config.data, 1, 1)
     options = command.parse([f"--workdir={workdir}"])
     video, actions = command.first_frames(options, config)
@@ -182,7 +182,7 @@ def test_starts_from_a_held_out_frame_or_from_noise(workdir, capsys):
     assert capsys.readouterr().out == ""
     options = command.parse(["--checkpoint=export"])
     assert [x.shape for x in command.first_frames(options, config)] == [(1, 0, 32, 32, 3), (1, 0)]
-    said = "starting from noise: an export has no held-out frames; --first_frame=PICTURE starts"
+    said = "starting from noise: an export comes without frames; --first_frame=PICTURE starts"
     assert capsys.readouterr().out == f"{said} from a frame\n"
     with config.unlocked():
         config.data.name = ""  # as of Wan
@@ -269,6 +269,23 @@ def test_frames_do_not_wait_for_their_context_pass():
         assert sorted(frame[frame >= 0]) == list(range(sum(chunks[:n])))[-3:]
 
 
+def test_latents_leave_as_they_are():
+    """A stream that starts from latents gives latents, none of them clipped to pixels."""
+    net = tiny.network(Pattern(window=4), channels=2)
+    params, actions, key = tiny.params(net), tiny.actions(4), jax.random.key(0)
+    rollout = generate.Rollout(net, consistency(2, 1.0))
+    given = np.asarray(tiny.latents(net, 1))
+    player = Player(rollout, params, given, {"actions": actions[:, :1]}, key)
+    streamed = np.concatenate([player.play(actions[:, i : i + 1]) for i in range(1, 4)], 1)
+    stream = rollout.start(params, given, {"actions": actions[:, :1]})
+    noise = generate.gaussian_noise(key, given[:, 0].shape)
+    sigmas, last = rollout.sampler.of_chunks(3)
+    _, out = rollout.unroll(params, stream, {"actions": actions[:, 1:]}, noise, sigmas, last)
+    assert streamed.dtype == np.float32 and np.abs(streamed).max() > 1
+    tiny.close(streamed, out.x0)
+    tiny.close(rollout.clip(params, given, {"actions": actions}, key), out.x0)
+
+
 def test_actions_that_a_stream_cannot_take():
     """One that the model does not know would make all later frames NaN."""
     net = tiny.network(Pattern(chunk=2, window=4), channels=3)
@@ -289,8 +306,8 @@ def test_actions_that_a_stream_cannot_take():
 @pytest.mark.parametrize("given", [0, 1])
 def test_chunks_share_one_program(workdir, given):
     """From a picture or from noise, the second chunk is not compiled anew."""
-    stored = checkpoint.open_model(workdir)
-    params, rollout = stored.load(), generate.for_stage(stored.network, stored.config, steps=2)
+    model = stored.find(workdir)
+    params, rollout = model.load(), generate.for_stage(model.network(), model.config, steps=2)
     context = np.zeros((3, given, 32, 32, 3), np.uint8)  # 3: a batch that no other test has
     condition = {"actions": np.zeros((3, given), np.int32)}
     before = stream_module._generate._cache_size()
@@ -364,7 +381,7 @@ def test_damaged_data_are_told(workdir, tmp_path):
     ],
 )
 def test_a_configuration_that_is_not_the_models(workdir, tmp_path, group, field, value, message):
-    checkpoint.export(workdir, tmp_path / "export")
+    stored.export(workdir, tmp_path / "export")
     fields = json.loads((tmp_path / "export/config.json").read_text())
     in_group = fields[group] if group else fields
     in_group.pop(field, None)
@@ -384,7 +401,7 @@ def test_a_stored_model_may_leave_its_number_of_actions_to_the_networks_default(
         "stage": "consistency", "model": model, "pattern": {"window": 3}, "shift": 3.0,
         "init_from": {}, "data": {"name": "", "directory": ""},
     }  # fmt: skip
-    checkpoint.write_model(ml_collections.ConfigDict(fields), tiny.params(net), tmp_path / "export")
+    stored.write(ml_collections.ConfigDict(fields), tiny.params(net), tmp_path / "export")
     arguments = [f"--checkpoint={tmp_path / 'export'}", f"--out={tmp_path / 'x.mp4'}", "--scale=1"]
     command.run(command.parse([*arguments, "--frames=2"]))
     assert len(imageio.imread(tmp_path / "x.mp4")) == 2

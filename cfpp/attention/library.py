@@ -25,7 +25,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from cfpp.attention.schedule import Mask
-from cfpp.errors import UserError, one_line
+from cfpp.errors import UserError, how_to_install, one_line
 
 Dense = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # of `[B, length, N, D]`
 
@@ -87,7 +87,7 @@ def _import_tokamax():
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "tokamax":
             raise UserError(
-                "attention by tokamax needs the package: pip install 'cfpp[tokamax]'"
+                f"attention by tokamax needs the package; {how_to_install('tokamax')}"
             ) from None
         raise UserError(
             f"tokamax {importlib.metadata.version('tokamax')} cannot be imported beside JAX "

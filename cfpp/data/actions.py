@@ -1,4 +1,4 @@
-"""The policy that records Atari and steers rollouts: random actions, each held for a while."""
+"""The policy that records episodes and steers rollouts: random actions, each held for a while."""
 
 from collections.abc import Iterator
 

@@ -43,8 +43,9 @@ def train_batches(
 
     Returns:
       An iterator of {'video': uint8 [B, F, H, W, 3], 'actions': int32 [B, F]}, with B rows and F =
-      data_config.frames. After `set_state(s)`, with s from `get_state()`,
-      the very next batch comes, whatever the number of workers then and now.
+      data_config.frames; without 'actions' where data_config.num_actions is 0. After
+      `set_state(s)`, with s from `get_state()`, the very next batch comes, whatever the number of
+      workers then and now.
 
     Raises:
       UserError: if the dataset cannot be read; while iterating, if a record cannot.

@@ -22,7 +22,7 @@ from cfpp import paths
 from cfpp.data import arena, recording
 from cfpp.data.arena_dataset import arena_dataset_dataset_builder
 from cfpp.data.atari_dataset import atari_dataset_dataset_builder
-from cfpp.errors import UserError, one_line
+from cfpp.errors import UserError, how_to_install, one_line
 
 
 class MissingError(UserError):
@@ -36,18 +36,23 @@ class Episodes:
     has them, 'states'; actions[t] leads from frame t-1 to frame t.
     """
 
-    def __init__(self, directory: Path, split: str, data_config: ml_collections.ConfigDict):
+    def __init__(
+        self,
+        dataset: tfds.core.DatasetBuilder,
+        split: str,
+        data_config: ml_collections.ConfigDict,
+    ):
         """Opens a split.
 
         Args:
-          directory: the dataset's folder, down to the version.
+          dataset: a prepared one.
           split: a TFDS split.
           data_config: the data part of the configuration.
 
         Raises:
-          UserError: if the folder holds no such dataset.
+          UserError: if it has no such episodes, or stores them otherwise.
         """
-        self.directory, self._split = directory, split
+        self.directory = directory = Path(dataset.data_dir)
         self._video = data_config.video_feature
         self._actions = data_config.action_feature
         if not data_config.name.startswith("tfds:"):
@@ -55,31 +60,28 @@ class Episodes:
         self._picture = (data_config.height, data_config.width, 3)
         self._num_actions = data_config.num_actions
         self._has_states = data_config.name == "arena"  # a feature of others may be anything
-        builder = _open_dataset(directory)
-        if not builder.info.splits[split].num_examples:
+        info = dataset.info
+        if not info.splits[split].num_examples:
             raise UserError(
                 f"{directory} has no episodes in '{split}'; prepare more, or a split 'test' too"
             )
-        missing = {self._video, self._actions} - {"", *builder.info.features}
+        missing = {self._video, self._actions} - {"", *info.features}
         if missing:
             raise UserError(
                 f"{directory} has no feature '{missing.pop()}'; "
-                f"it has {', '.join(sorted(builder.info.features))}"
+                f"it has {', '.join(sorted(info.features))}"
             )
-        self._files = builder.info.splits[split].file_instructions
+        self._files = info.splits[split].file_instructions
         try:
-            self._source = builder.as_data_source(split)
+            self._source = dataset.as_data_source(split)
         except NotImplementedError as error:
             raise UserError(
-                f"{directory} is stored as {builder.info.file_format.value}, which has no random "
+                f"{directory} is stored as {info.file_format.value}, which has no random "
                 "access; prepare it with file_format='array_record'"
             ) from error
 
     def __len__(self) -> int:
         return len(self._source)
-
-    def __repr__(self) -> str:
-        return f"Episodes({str(self.directory)!r}, {self._split!r})"
 
     def __getitem__(self, index: int) -> dict:
         try:
@@ -197,7 +199,7 @@ def open_split(data_config: ml_collections.ConfigDict, split: str) -> Episodes:
       UserError: if the dataset is missing or cannot be read.
     """
     if data_config.name.startswith("tfds:"):
-        directory = _find_dataset(data_config)
+        dataset = _find_dataset(data_config)
     else:
         directory = _recording(data_config).directory
         if not directory.exists():
@@ -205,14 +207,17 @@ def open_split(data_config: ml_collections.ConfigDict, split: str) -> Episodes:
                 f"{data_config.name} is not recorded in {directory}; "
                 "run python -m cfpp.data.prepare"
             )
-    splits = _open_dataset(directory).info.splits
+        dataset = _open_dataset(directory)
+    splits = dataset.info.splits
     if "train" not in splits:
-        raise UserError(f"{directory} has no split 'train'; it has {', '.join(splits) or 'none'}")
+        raise UserError(
+            f"{dataset.data_dir} has no split 'train'; it has {', '.join(splits) or 'none'}"
+        )
     if split == "test" and "test" not in splits and "validation" in splits:
         split = "validation"
     elif split not in splits or (split == "train" and not {"test", "validation"} & {*splits}):
         split = {"train": "train[:90%]", "test": "train[90%:]"}[split]
-    return Episodes(directory, split, data_config)
+    return Episodes(dataset, split, data_config)
 
 
 def check_length(data_config: ml_collections.ConfigDict, episode: dict, where: str) -> None:
@@ -241,7 +246,7 @@ def num_actions(name: str) -> int:
     if not name.startswith("atari:"):
         raise _unknown(name)
     if importlib.util.find_spec("ale_py") is None:
-        raise UserError(f"recording {name} needs the package ale-py; pip install 'cfpp[atari]'")
+        raise UserError(f"recording {name} needs the package ale-py; {how_to_install('atari')}")
     from cfpp.data import atari
 
     game, games = _game(name), atari.games()
@@ -323,19 +328,18 @@ def _record(data_config: ml_collections.ConfigDict, recorded: _Recording) -> Non
         logging.set_verbosity(verbosity)
 
 
-def _find_dataset(data_config: ml_collections.ConfigDict) -> Path:
-    """The folder of a prepared dataset `tfds:<name>`, `<name>/<config>` or with `:<version>`."""
+def _find_dataset(data_config: ml_collections.ConfigDict) -> tfds.core.DatasetBuilder:
+    """A prepared dataset `tfds:<name>`, `<name>/<config>` or with `:<version>`."""
     root, name = _root(data_config), data_config.name.removeprefix("tfds:")
     try:
         with _readable(f"dataset '{name}' in {root}"):
-            builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=root)
+            return tfds.core.read_only_builder.builder_from_files(name, data_dir=root)
     except tfds.core.DatasetNotFoundError as error:
         present = sorted(
             str(info.parent.parent.relative_to(root)) for info in root.glob("*/**/features.json")
         )
         suggestion = _suggest(name, present) or f"; it holds {', '.join(present) or 'none'}"
         raise MissingError(f"no dataset '{name}' prepared in {root}{suggestion}") from error
-    return Path(builder.data_dir)
 
 
 def _open_dataset(directory: Path) -> tfds.core.DatasetBuilder:

@@ -187,8 +187,7 @@ def figures(
       `frechet` and, where there are actions, `action_accuracy`; in the arena also `agent_error`
       (pixels, at the last frame), `intact_<frame>` and `allowed` (shares), `turns` (a share, where
       any ball can be followed) and, with `sampled`, `directions` (total variation).
-      And, in the arena, `agent_error` (pixels) and `intact` (share) at every generated frame; None
-      elsewhere.
+      And, in the arena, `agent_error` (pixels) and `intact` (share) at every generated frame.
     """
     settings = yardstick.settings
     context = settings.context
@@ -199,7 +198,7 @@ def figures(
         right = told == yardstick.actions[:, context:]
         result["action_accuracy"] = metrics.average(right.mean(1))
     if yardstick.states is None:
-        return result, None
+        return result, {}
 
     reading = arena.read(video)
     error, intact = metrics.agent_error(reading, yardstick.states["agent"]), reading.intact.mean(-1)

@@ -17,7 +17,7 @@ from cfpp.models.network import Network, Params
 from cfpp.rollout import generate
 from cfpp.rollout.sampler import Sampler, euler, student_sampler
 from cfpp.rollout.stream import Player
-from cfpp.train import checkpoint, workdirs
+from cfpp.train import items, stored, workdirs
 
 _STUDENTS = ("consistency", "ode", "dmd")  # whose schedule counts: the first of them that is there
 SPEED_FRAMES = 48  # of a stream that is timed
@@ -29,7 +29,7 @@ class Row:
 
     Attributes:
       key: short and fit for file names, such as 'cd_2'.
-      model: what the model is, such as 'Student after CD'.
+      title: what the model is, such as 'Student after CD'.
       steps: of the sampler.
       first_steps: of the consistency sampler for the first chunk; None is Euler's method.
       workdir: the stage's work directory.
@@ -39,7 +39,7 @@ class Row:
     """
 
     key: str
-    model: str
+    title: str
     steps: int
     first_steps: int | None
     workdir: epath.Path
@@ -51,10 +51,10 @@ class Row:
         """Model and steps, for people."""
         is_longer = self.first_steps not in (None, self.steps)
         first = f", first frame {self.first_steps}" if is_longer else ""
-        return f"{self.model}, {self.steps} step{'s' * (self.steps > 1)}{first}"
+        return f"{self.title}, {self.steps} step{'s' * (self.steps > 1)}{first}"
 
 
-# Every row of the table, in its order: key, model, stage, steps, and those of the first chunk, None
+# Every row of the table, in its order: key, title, stage, steps, and those of the first chunk, None
 # for Euler's method.
 _ROWS = (
     ("ar_48", "AR teacher", "ar_diffusion", 48, None),
@@ -102,13 +102,12 @@ def find_stages(
         if (folder / "config.json").exists()
     }
     for folder, config in begun.items():
-        needed = ("steps", "batch_size", *checkpoint.needed(config))
+        needed = ("steps", "batch_size", *stored.needed(config))
         workdirs.require(config, folder / "config.json", needed)
     finished = {
         folder: config
         for folder, config in begun.items()
-        if (folder / checkpoint.MODEL).is_dir()
-        or (folder / "checkpoints" / str(config.steps)).is_dir()
+        if (folder / items.MODEL).is_dir() or config.steps in items.steps(folder / "checkpoints")
     }
     if not finished:
         names = ", ".join(str(folder) for folder in begun) or "none"
@@ -124,8 +123,8 @@ def find_rows(stages: dict[epath.Path, ml_collections.ConfigDict]) -> list[Row]:
     last = {config.stage: folder for folder, config in stages.items()}
     student = next((stages[last[stage]] for stage in _STUDENTS if stage in last), None)
     return [
-        Row(key, model, steps, first_steps, last[stage], stage, student)
-        for key, model, stage, steps, first_steps in _ROWS
+        Row(key, title, steps, first_steps, last[stage], stage, student)
+        for key, title, stage, steps, first_steps in _ROWS
         if stage in last
     ]
 
@@ -156,9 +155,9 @@ def load(rows: Sequence[Row]) -> list[Model]:
     Raises:
       UserError: the stage cannot be read, or its model can continue nothing.
     """
-    stored = checkpoint.open_model(rows[0].workdir)
-    params = stored.load()
-    return [_model(row, stored.network, stored.config, params) for row in rows]
+    found = stored.find(rows[0].workdir)
+    network, params = found.network(), found.load()
+    return [_model(row, network, found.config, params) for row in rows]
 
 
 def _model(row: Row, network: Network, config: ml_collections.ConfigDict, params: Params) -> Model:
@@ -166,7 +165,6 @@ def _model(row: Row, network: Network, config: ml_collections.ConfigDict, params
         if config.data.frames < 2:
             raise UserError(f"{row.workdir} has learned single frames and can continue none")
         sampler = euler(row.steps, config.shift)
-        network = network.without_unrolling()
         stream = functools.partial(_blockwise, network, params, sampler, config.data.frames)
         return Model(stream, config.data.frames - 1, sampler.steps)
     if row.stage == "ar_diffusion" and row.first_steps:  # as if it were distilled

@@ -201,9 +201,8 @@ def _html_table(report: Report) -> str:
     lines = []
     before = None
     for row in report.rows:
-        family = row.key.split("_")[0]
-        kind = "real" if row.key == "real" else "new" if family != before else ""
-        before = family
+        kind = "real" if row.key == "real" else "new" if row.family != before else ""
+        before = row.family
         cells = [f"<td>{html.escape(row.name)}</td>"]
         cells.append("<td></td>" if row.passes is None else f"<td>{row.passes:g}</td>")
         for column in chosen:

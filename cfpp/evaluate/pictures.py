@@ -27,15 +27,15 @@ def comparison(report: Report) -> np.ndarray:
     heads += [f"{frame}\n{symbol(action)}" for frame, action in zip(
         shown, report.actions[episode, indices[1:]], strict=True
     )]  # fmt: skip
-    strips, last_model = [], ""
+    strips, before = [], ""
     for row in report.rows:
         note = "held-out episode"
         if row.passes is not None:
             note = f"{row.passes:g} pass{'es' * (row.passes != 1)} a frame"
             note += f", {row.figures['speed'].mean:.0f} frames/s"
-        model = row.key.split("_")[0]
-        strips.append(media.Strip(row.name, note, row.video[episode, indices], model != last_model))
-        last_model = model
+        clip = row.video[episode, indices]
+        strips.append(media.Strip(row.name, note, clip, apart=row.family != before))
+        before = row.family
     scale = max(1, round(STRIP_PIXELS / report.rows[0].video.shape[2]))
     return media.film_strips(strips, heads, scale, "frame\naction", given=1)
 
@@ -106,11 +106,11 @@ def plot_by_frame(report: Report, path: epath.Path) -> None:
     )
     for axis, (key, label, unit) in zip(axes, panels, strict=True):
         for row in report.rows:
-            family, _, steps = row.key.partition("_")
+            steps = row.key.removeprefix(row.family).lstrip("_")
             values = row.by_frame[key]
             mean = unit * np.array([value.mean for value in values])
             error = unit * np.array([value.error for value in values])
-            color, dashes = _COLORS[family], _DASHES.get(steps, ())
+            color, dashes = _COLORS[row.family], _DASHES.get(steps, ())
             width, order = (2.6, 2) if steps == "48" else (1.8, 3)
             axis.plot(
                 frames, mean, color=color, dashes=dashes, lw=width, zorder=order, label=row.name

@@ -93,8 +93,7 @@ def _as_json(report: Report) -> dict:
                 "passes": row.passes,
                 "figures": {key: figure(value) for key, value in row.figures.items()},
                 "by_frame": {
-                    key: [figure(value) for value in values]
-                    for key, values in (row.by_frame or {}).items()
+                    key: [figure(value) for value in values] for key, values in row.by_frame.items()
                 },
             }
             for row in report.rows

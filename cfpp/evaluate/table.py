@@ -25,7 +25,7 @@ class Result(NamedTuple):
       passes: network passes a frame, after the first; None for real clips.
       figures: by column.
       video: uint8 `[E, context + frames, H, W, 3]`.
-      by_frame: see `measure.figures`; None but in the arena.
+      by_frame: see `measure.figures`; empty but in the arena.
     """
 
     key: str
@@ -33,7 +33,12 @@ class Result(NamedTuple):
     passes: float | None
     figures: dict[str, metrics.Figure]
     video: np.ndarray
-    by_frame: ByFrame | None = None
+    by_frame: ByFrame
+
+    @property
+    def family(self) -> str:
+        """What the rows of one model share, such as 'cd'."""
+        return self.key.split("_")[0]
 
 
 class Job(NamedTuple):
@@ -212,15 +217,14 @@ class Finding(NamedTuple):
 def findings(report: Report) -> list[Finding]:
     """What the table shows, in words."""
     row = report.row
+    real = row("real")
     quality = [column for column in columns(report) if column.better]
-    physics = report.row("real").by_frame is not None
     telling = ("frechet", "action_accuracy")
-    if physics:
+    if real.by_frame:  # there are physics to be told by
         telling = ("agent_error", "intact_4", "allowed", "directions", "frechet")
     chief = [column for column in quality if column.key in telling]
     found = []
 
-    real = row("real")
     imperfect = [
         f"{_label(column)} {_value(column, figure)}"
         for column in quality

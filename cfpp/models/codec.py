@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def encode(video: jax.Array) -> jax.Array:
@@ -18,13 +19,17 @@ def encode(video: jax.Array) -> jax.Array:
     return video.astype(jnp.float32) / 127.5 - 1
 
 
-def decode(latents: jax.Array) -> jax.Array:
-    """Maps latents of pixels back to bytes: the inverse of `encode`, value by value.
+def decode(latents: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Maps latents back to what a video of `dtype` holds: the inverse of `encode`, value by value.
 
     Args:
-      latents: float `[..., H, W, C]`; what lies outside of [-1, 1] is clipped.
+      latents: float `[..., H, W, C]`.
+      dtype: uint8 for bytes, where what lies outside of [-1, 1] is clipped; or of floats, which are
+        latents themselves.
 
     Returns:
-      uint8 of the same shape.
+      Of that type and the same shape.
     """
+    if jnp.issubdtype(dtype, jnp.floating):
+        return latents.astype(dtype)
     return jnp.clip(jnp.round((latents + 1) * 127.5), 0, 255).astype(jnp.uint8)

@@ -100,12 +100,16 @@ class Network:
         """The same network, for what follows the first `given` frames; see `Pattern.after`."""
         return dataclasses.replace(self, pattern=self.pattern.after(given))
 
+    def clone(self, **fields: Any) -> "Network":
+        """The same network with other attributes of its DiT."""
+        return dataclasses.replace(self, dit=self.dit.clone(**fields))
+
     def without_unrolling(self) -> "Network":
         """The same network with its loop over blocks not unrolled: for programs without gradients.
 
         These gain nothing from unrolling, and compile several times faster.
         """
-        return dataclasses.replace(self, dit=self.dit.clone(unroll=1))
+        return self.clone(unroll=1)
 
     def init(self, rng: jax.Array) -> Params:
         """Random parameters, boxed with their logical axis names (`flax.linen.meta`)."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cfpp.errors import UserError, first_line
+from cfpp.errors import UserError, first_line, how_to_install
 
 GIB = 2**30
 
@@ -105,7 +105,7 @@ def devices(topology: str) -> Sequence[Any]:
     """
     chip(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("the TPU compiler is missing; pip install 'cfpp[tpu]'")
+        raise UserError(f"the TPU compiler is missing; {how_to_install('tpu')}")
     from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 

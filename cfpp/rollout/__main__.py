@@ -5,7 +5,6 @@ python -m cfpp.rollout --workdir=runs/quickstart --frames=200 --steps=2 --out=pl
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import re
 import signal
@@ -22,12 +21,12 @@ from cfpp.attention.cache import LARGEST_VALUES
 from cfpp.data import pipeline, sources
 from cfpp.data.actions import held_actions
 from cfpp.errors import ArgumentParser, UserError, exit_on_user_error
-from cfpp.models.network import Params
+from cfpp.models.network import Network, Params
 from cfpp.parallel import mesh
 from cfpp.rollout import generate
 from cfpp.rollout.sampler import TEACHER_STEPS
 from cfpp.rollout.stream import Player
-from cfpp.train import checkpoint
+from cfpp.train import stored
 
 FRAMES_PER_SECOND = 8  # of the video file
 LONGEST_HOLD = 6  # frames that a random action is held
@@ -122,32 +121,38 @@ def first_frames(
         except sources.MissingError as error:
             why = str(error)
     else:
-        why = "an export has no held-out frames"
+        why = "an export comes without frames"
     trained = ", as the model was trained to" if config.get("given") else ""
     print(f"starting from noise: {why}; --first_frame=PICTURE starts from a frame{trained}")
     return np.zeros((1, 0, height, width, 3), np.uint8), np.zeros((1, 0), np.int32)
 
 
-def load(options: argparse.Namespace) -> tuple[checkpoint.Stored, Params]:
-    """The model and its parameters, laid out over the devices of the ambient mesh if there is one.
+def load(
+    options: argparse.Namespace,
+) -> tuple[Network, ml_collections.ConfigDict, Params]:
+    """The network, its stage's configuration, and the parameters.
+
+    These are laid out over the devices of the ambient mesh if there is one.
 
     Raises:
       UserError: there is no such model, it is not one of pixels and actions, or it does not divide
         over the mesh.
     """
     path = options.workdir or options.checkpoint
-    stored = checkpoint.open_model(path)
-    dit = stored.network.dit
+    model = stored.find(path)
+    network, config = model.network(), model.config
+    dit = network.dit
     if dit.text_dim or dit.channels != 3:
         raise UserError(
             f"{path} is a model of {'text' if dit.text_dim else 'latents'}; this program streams "
             "RGB pixels from actions, and cfpp.rollout.stream.Player all others"
         )
     if not options.mesh:
-        return stored, stored.load()
+        return network, config, model.load()
     device_mesh = jax.sharding.get_mesh()
-    mesh.check(device_mesh, stored.config.model)
-    return stored, stored.load(mesh.state_shardings(stored.network.shapes(), device_mesh))
+    mesh.check(device_mesh, config.model)
+    sharding = mesh.state_shardings(network.shapes(), device_mesh)
+    return network, config, model.load(sharding)
 
 
 @contextlib.contextmanager
@@ -190,11 +195,9 @@ def run(options: argparse.Namespace) -> None:
 
 def stream(options: argparse.Namespace) -> None:
     """Streams on the devices of the ambient mesh, or on one; see `run`."""
-    stored, params = load(options)
-    network, config = stored.network, stored.config
+    network, config, params = load(options)
     if options.cache_dtype:
-        dit = network.dit.clone(cache_dtype=options.cache_dtype)
-        network = dataclasses.replace(network, dit=dit)
+        network = network.clone(cache_dtype=options.cache_dtype)
     fused = not options.latency
     rollout = generate.for_stage(network, config, options.steps, options.first_steps, fused)
     actions = steering(options, network.dit.num_actions)

@@ -303,13 +303,14 @@ class Rollout(flax.struct.PyTreeNode):
         """Continues given frames.
 
         Args:
-          context: uint8 `[B, K, H, W, 3]`, the frames to start from.
+          context: the frames to start from, uint8 `[B, K, H, W, 3]` or float latents `[B, K, H, W,
+            C]`; K may be 0.
           condition: `actions` int32 `[B, K + N]`, the given frames' own ones first; and/or text.
             (A model without actions takes the number of frames from `actions` all the same.)
           rng: a key.
 
         Returns:
-          uint8 `[B, N, H, W, 3]`.
+          `[B, N, H, W, C]`, bytes or latents as `context` is.
         """
         given = context.shape[1]
         total = condition["actions"].shape[1]
@@ -325,7 +326,7 @@ class Rollout(flax.struct.PyTreeNode):
         noise = gaussian_noise(rng, stream.pending[:, 0].shape)
         sigmas, last = self.sampler.of_chunks(len(ends))
         _, out = rollout.unroll(params, stream, later, noise, sigmas, last)
-        return codec.decode(out.x0[:, : total - given])
+        return codec.decode(out.x0[:, : total - given], context.dtype)
 
     def after(self, given: int) -> "Rollout":
         """The same rollout from the end of the given frames on; see `Network.after`."""
@@ -444,7 +445,7 @@ def bidirectional_clip(
     """
     batch, given = context.shape[:2]
     total = condition["actions"].shape[1]
-    velocity = network.bidirectional(params, condition)
+    velocity = network.without_unrolling().bidirectional(params, condition)
     held = jnp.arange(total) < given
     clean = jnp.pad(codec.encode(context), ((0, 0), (0, total - given)) + ((0, 0),) * 3)
     hold = lambda x: jnp.where(held[None, :, None, None, None], clean, x)
@@ -458,4 +459,4 @@ def bidirectional_clip(
 
     x = hold(jax.random.normal(jax.random.fold_in(rng, 0), clean.shape))
     x = jax.lax.fori_loop(0, jnp.asarray(sampler.last)[1] + 1, body, x)
-    return codec.decode(x[:, given:])
+    return codec.decode(x[:, given:], context.dtype)

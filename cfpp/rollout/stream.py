@@ -16,14 +16,16 @@ class Player:
     """Streams chunks of video, each steered by the actions given for it.
 
         player = Player(rollout, params, context, {"actions": given_actions}, jax.random.key(0))
-        frames = player.play(actions)     # uint8 [B, chunk, H, W, 3], as often as you like
+        frames = player.play(actions)     # [B, chunk, H, W, C], as often as you like
 
-    Memory and time a chunk do not grow. The frames are those of `Rollout.clip` with the same key.
+    Memory and time a chunk do not grow. The frames are those of `Rollout.clip` with the same key,
+    and bytes or latents as those are that it starts from.
 
     Args:
       rollout: the model's; its pattern's window bounds what is remembered.
       params: parameters of the network.
-      context: frames to start from, uint8 `[B, K, H, W, 3]`; K may be 0.
+      context: frames to start from, uint8 `[B, K, H, W, 3]` or float latents `[B, K, H, W, C]`; K
+        may be 0.
       condition: actions of these, int32 `[B, K]`, and/or text.
       rng: a key.
 
@@ -42,6 +44,7 @@ class Player:
         self._rollout = rollout.after(context.shape[1])
         self._params = params = jax.tree.map(jnp.asarray, params)  # where they are NumPy's
         self._rng = rng
+        self._dtype = np.dtype(context.dtype)
         self._stream = _start(self._rollout, params, jnp.asarray(context), condition)
         devices = jax.tree.leaves(params)[0].devices()
         if len(devices) == 1:
@@ -59,22 +62,17 @@ class Player:
         """Generates the next chunk.
 
         Args:
-          actions: int32 `[B, chunk]`. For a first chunk of another length those of a later one will
-            do: the last is held to its end, and what it has no frames for is left out.
+          actions: int32 `[B, chunk]`.
 
         Returns:
-          uint8 `[B, chunk, H, W, 3]`.
+          `[B, chunk, H, W, C]`, of the type of the frames that the stream starts from.
 
         Raises:
           ValueError: an action that the model does not know, or not one for each frame.
         """
         self._check(actions)
         actions = jnp.asarray(actions, jnp.int32)
-        first = self._stream.first
-        if first is not None:
-            held = max(first - actions.shape[1], 0)
-            actions = jnp.pad(actions, ((0, 0), (0, held)), "edge")[:, :first]
-        video = self._update(_generate, actions, self._rng, self._schedule)
+        video = self._update(_generate, actions, self._rng, self._schedule, self._dtype)
         self._schedule = 1
         if not self._rollout.keeps(self._stream):
             # A program of its own: it runs while the caller has the frames already.
@@ -83,11 +81,10 @@ class Player:
 
     def _check(self, actions: np.ndarray) -> None:
         """A wrong action would make the stream NaN for good, and a missing one count for all."""
-        network, given = self._rollout.network, np.asarray(actions)
-        clips, widths = self._stream.pending.shape[0], (self.chunk, network.pattern.chunk)
-        if given.shape not in [(clips, width) for width in widths]:
-            raise ValueError(f"actions are {list(given.shape)}, not {[clips, widths[0]]}")
-        known = network.dit.num_actions
+        given, wanted = np.asarray(actions), (self._stream.pending.shape[0], self.chunk)
+        if given.shape != wanted:
+            raise ValueError(f"actions are {list(given.shape)}, not {list(wanted)}")
+        known = self._rollout.network.dit.num_actions
         if known and not 0 <= given.min() <= given.max() < known:
             raise ValueError(f"actions are 0 to {known - 1}, got {given.min()} to {given.max()}")
 
@@ -109,7 +106,7 @@ def _start(rollout: Rollout, params: Params, context: jax.Array, condition: Cond
     return rollout.start(params, codec.encode(context), condition)
 
 
-@functools.partial(jax.jit, donate_argnums=2)
+@functools.partial(jax.jit, donate_argnums=2, static_argnums=7)
 def _generate(
     rollout: Rollout,
     params: Params,
@@ -118,12 +115,13 @@ def _generate(
     actions: jax.Array,
     rng: jax.Array,
     schedule: jax.Array,
+    dtype: np.dtype,
 ) -> tuple[Stream, jax.Array]:
     sigmas, last = rollout.sampler.sigmas[schedule], rollout.sampler.last[schedule]
     noise = gaussian_noise(rng, stream.pending[:, 0].shape)
     stream = stream.replace(cache=cache)
     stream, chunk = rollout.generate(params, stream, actions, noise, sigmas, last)
-    return stream, codec.decode(chunk.x0)
+    return stream, codec.decode(chunk.x0, dtype)
 
 
 @functools.partial(jax.jit, donate_argnums=2)

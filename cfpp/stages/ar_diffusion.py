@@ -4,7 +4,8 @@
 
 One forward over `[clean frames | noisy frames]`; every chunk has its own sigma. Several noisy draws
 of a clip (`config.draws`) share its one clean pass. In some steps the x0^{<i} are the model's
-own (`config.resample`, cfpp/stages/resample.py).
+own (`config.resample`, cfpp/stages/resample.py). Noise levels weigh alike, but for those below
+`config.sigma_floor`, or by a bell (`config.bell_weight`).
 """
 
 import jax
@@ -49,16 +50,19 @@ def build(config) -> Stage:
         noise = jax.random.normal(noise_rng, x0.shape)
         sigma = draw_sigma(sigma_rng, network.pattern, shape, config.shift)
         condition = network.drop(drop_rng, condition, config.drop_rate)
+        weight = (
+            flow.bell_weight(sigma, config.shift) if config.bell_weight else jnp.ones_like(sigma)
+        )
         model = state.params["model"]
         history = resample(history_rng, network, model, clean, condition, **config.resample)
 
         def loss(params, inputs):
-            history, condition, x0, noise, sigma = inputs
+            history, condition, x0, noise, sigma, weight = inputs
             velocity = network.teacher_forced(params, history, condition)
             error = flow.matching_loss(velocity, x0, noise, sigma, config.sigma_floor)
-            return jnp.mean(error)
+            return jnp.mean(weight * error)
 
-        inputs = history, condition, x0, noise, sigma
+        inputs = history, condition, x0, noise, sigma, weight
         state, metrics = descend(state, "model", transform, loss, inputs, config.accumulate)
         return advance(state, config), metrics
 

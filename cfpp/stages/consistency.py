@@ -63,7 +63,7 @@ def target(
     solver: str,
 ) -> jax.Array:
     """Equations (1) and (2) for the target: f_ema at the end of one teacher step."""
-    x_next = flow.solver_step(solver, teacher, x, sigma, sigma_next)
+    x_next = flow.SOLVERS[solver](teacher, x, sigma, sigma_next)
     return jax.lax.stop_gradient(flow.to_x0(x_next, ema(x_next, sigma_next), sigma_next))
 
 

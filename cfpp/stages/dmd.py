@@ -29,7 +29,7 @@ from cfpp.attention.cache import Cache
 from cfpp.models.dit import HISTORY_GRADIENTS
 from cfpp.models.network import Condition, Network, Params, of_frames
 from cfpp.rollout.generate import Noise, Rollout, chunk_ends, gaussian_noise
-from cfpp.rollout.sampler import student_sampler
+from cfpp.rollout.sampler import Sampler, student_sampler
 from cfpp.stages.stage import (
     FLOATS,
     Parent,
@@ -75,6 +75,17 @@ def loss(x: jax.Array, g: jax.Array) -> jax.Array:
     """Equation (2), one value a frame, `[batch, frames]`: its gradient in x is g / frame size."""
     target = jax.lax.stop_gradient(x - g)
     return 0.5 * jnp.mean(jnp.square(x - target), axis=(2, 3, 4))
+
+
+def draw_exits(rng: jax.Array, sampler: Sampler, chunks: int) -> jax.Array:
+    """The step at which each generated chunk leaves its denoising, int32 `[chunks]`.
+
+    One is drawn for all chunks, uniformly; and one more, independent of it, for a first chunk that
+    takes another number of steps.
+    """
+    _, steps = sampler.of_chunks(chunks)  # the last of each chunk
+    first, others = jnp.floor(jax.random.uniform(rng, (2, 1)) * (steps + 1)).astype(jnp.int32)
+    return jnp.where(steps == sampler.last[1], others, first)
 
 
 def self_rollout(
@@ -148,16 +159,18 @@ def build(config) -> Stage:
     check_choice("frozen_dtype", config.frozen_dtype, FLOATS)
     check_sigma_range("score_sigma", config.score_sigma)
     low, high = config.score_sigma
+    if not low:
+        raise ValueError("score_sigma starts at 0, where a clip is not noised; start above it")
     if config.critic_steps < 1:
         raise ValueError(f"critic_steps is {config.critic_steps}; it must be at least 1")
     if not 0 <= given < frames:
         raise ValueError(f"given is {given}; it must be at least 0 and less than {frames} frames")
-    network = Network.create(config.model, config.pattern)
-    # Of scores and rollouts alike. What is replayed is what the rollout saw, so nothing is rounded.
-    network = Network(network.dit.clone(cache_dtype=""), network.pattern).after(given)
+    # Its chunks begin after the given frames in scores and rollouts alike. What is replayed is what
+    # the rollout saw, so nothing is rounded.
+    network = Network.create(config.model, config.pattern).clone(cache_dtype="").after(given)
     real_model = ml_collections.ConfigDict({**config.model, **config.real_model})
     try:
-        real_network = Network(Network.create(real_model, config.pattern).dit, network.pattern)
+        real_network = Network.create(real_model, config.pattern).after(given)
     except ValueError as error:
         raise ValueError(f"with config.real_model, {error}") from error
     if config.real_model and not config.init_from.critic:
@@ -179,7 +192,7 @@ def build(config) -> Stage:
     chunks = len(ends)
     sampler = student_sampler(config)
     rollout = Rollout(network.without_unrolling(), sampler)
-    student = Network(network.dit.clone(history_gradient=config.history_gradient), network.pattern)
+    student = network.clone(history_gradient=config.history_gradient)
     transform = optimizer(config.optimizer, config.steps)
     critic_transform = optimizer(
         config.critic_optimizer, config.steps * config.critic_steps, "critic_optimizer"
@@ -204,12 +217,6 @@ def build(config) -> Stage:
             return network.bidirectional(params, condition, guidance)
         return network.teacher_forced(params, x, condition, guidance)
 
-    def draw_exits(rng):
-        """One exit for all chunks, drawn uniformly; the first chunk's own where it is longer."""
-        u = jax.random.uniform(rng)
-        _, last = sampler.of_chunks(chunks)
-        return jnp.floor(u * (last + 1)).astype(jnp.int32)
-
     def draw(rng, x0):
         """Exits; and for each clip a key of its rollout's noise, the scores' noise and sigma."""
         exit_rng, rollout_rng, noise_rng, sigma_rng = jax.random.split(rng, 4)
@@ -221,7 +228,8 @@ def build(config) -> Stage:
             sigma = draw_sigma(sigma_rng, network.pattern, shape, config.score_shift)
         sigma = jnp.where(generated, jnp.clip(sigma, low, high), 0.0)
         clip_rngs = jax.random.split(rollout_rng, len(x0))
-        return draw_exits(exit_rng), (clip_rngs, jax.random.normal(noise_rng, x0.shape), sigma)
+        last = draw_exits(exit_rng, sampler, chunks)
+        return last, (clip_rngs, jax.random.normal(noise_rng, x0.shape), sigma)
 
     def fresh_clip(params, x0, condition, rngs, last):
         draw = lambda rng, frames, step: gaussian_noise(rng, x0.shape[2:])(frames, step)

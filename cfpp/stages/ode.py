@@ -50,7 +50,7 @@ def trajectory(
 
     def body(x, sigmas):
         sigma, sigma_next = (jnp.broadcast_to(s, noise.shape[:2]) for s in sigmas)
-        x = flow.solver_step(solver, teacher, x, sigma, sigma_next)
+        x = flow.SOLVERS[solver](teacher, x, sigma, sigma_next)
         return x, x
 
     _, path = jax.lax.scan(body, noise, (grid[:-1], grid[1:]))

@@ -148,6 +148,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.{name} is {fields[name]}, but {config.data.name} gives RGB pixels and no "
                 f"text; it must be {value}"
             )
+    if bool(config.model.text_dim) != bool(config.data.text_tokens):
+        raise UserError(
+            f"config.model.text_dim is {config.model.text_dim} and config.data.text_tokens is "
+            f"{config.data.text_tokens}; give both, or neither"
+        )
     is_recorded = not config.data.name.startswith("tfds:")
     if is_recorded and config.data.frames > config.data.episode_frames:
         raise UserError(

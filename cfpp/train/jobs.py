@@ -13,7 +13,7 @@ from cfpp import paths
 from cfpp.data import sources
 from cfpp.errors import UserError
 from cfpp.parallel import hosts
-from cfpp.train import checkpoint, checks, loop, samples, workdirs
+from cfpp.train import checkpoint, checks, loop, samples, stored, workdirs
 
 Config = ml_collections.ConfigDict
 
@@ -41,7 +41,8 @@ def run(config: Config, workdir: str, profile: bool = False) -> bool:
     if "evaluate" in config:
         from cfpp import evaluate  # SciPy's statistics take a while
 
-        evaluate.check(config.evaluate, next(iter(resolved.values())).data)
+        data = next(iter(resolved.values())).data
+        evaluate.check(config.evaluate, data)
     if "jobs" in config:
         workdirs.check(config, workdir)
     for name, job in jobs.items():
@@ -50,7 +51,7 @@ def run(config: Config, workdir: str, profile: bool = False) -> bool:
             if name not in done:
                 _prepare(resolved[name])
     if "evaluate" in config and len(done) < len(jobs):
-        evaluate.check_clips(config.evaluate, next(iter(resolved.values())).data)
+        evaluate.check_clips(config.evaluate, data)
     if "jobs" in config:
         workdirs.claim(config, workdir)
     for name, job in jobs.items():
@@ -97,7 +98,7 @@ def _check_jobs(jobs: dict[str, Config], folders: dict[str, str], done: set[str]
       UserError: something cannot be, a parent among the jobs included.
     """
     before = {}  # trained by the time that a job begins
-    find = lambda path: before[path] if path in before else checkpoint.find_model(path)[1]
+    find = lambda path: before[path] if path in before else stored.find(path).config
     for name, job in jobs.items():
         if name not in done:
             with _naming(name):

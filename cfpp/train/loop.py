@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from cfpp import stages
 from cfpp.data import pipeline
-from cfpp.errors import UserError
+from cfpp.errors import UserError, how_to_install
 from cfpp.models import shapes
 from cfpp.parallel import hosts, mesh
-from cfpp.train import checkpoint, checks, metrics, program, samples, workdirs
+from cfpp.train import checkpoint, checks, items, metrics, program, samples, stored, workdirs
 
 STEPS_IN_FLIGHT = 2  # dispatched and not finished: enough to keep the device busy
 
@@ -66,7 +66,7 @@ def train(
         stack.enter_context(contextlib.closing(checkpoints))
         state = checkpoints.restore(programs.state, data)
         if state is None:
-            load = lambda path, sharding: checkpoint.load_model(path, sharding)[1]
+            load = lambda path, sharding: stored.find(path).load(sharding)
             # Unnamed, so that nothing keeps them beside the state.
             state = programs.init(checks.parents(config, load, programs.parents))
         step = start = int(state.step)
@@ -115,7 +115,7 @@ def train(
                 jax.block_until_ready(state)
             with progress.paused():
                 if is_saved:
-                    is_finite, fingerprint = checkpoint.inspect(state)
+                    is_finite, fingerprint = items.inspect(state)
                     if not is_finite:
                         raise diverged("state", step, checkpoints)
                     checkpoints.save(step, state, fingerprint, data)
@@ -146,7 +146,7 @@ def programs_of(
       UserError: a parent does not fit, something does not divide over the mesh, or the model's
         attention does not take its shapes.
     """
-    given = checks.parents(config, checkpoint.model_shapes)
+    given = checks.parents(config, lambda path: stored.find(path).shapes())
     try:
         programs = program.create(stage, config, given, device_mesh)
         # Once and for all: the first step finds this trace.
@@ -177,7 +177,7 @@ def profiler_of_steps(workdir: epath.Path, start: int, steps: int) -> Callable[[
     try:
         from clu import periodic_actions  # imports TensorFlow, so only here
     except ImportError as error:
-        raise UserError("--profile needs TensorBoard: pip install 'cfpp[tensorboard]'") from error
+        raise UserError(f"--profile needs TensorBoard; {how_to_install('tensorboard')}") from error
     if steps - start < 16:  # a profile ends in the step after its last
         logging.warning("--profile records steps 10 to 15, but only %s are left", steps - start)
         return lambda step: None
@@ -210,11 +210,11 @@ def termination() -> Iterator[Callable[[], bool]]:
 def diverged(what: str, step: int, checkpoints: checkpoint.Checkpoints) -> UserError:
     """The error of a run whose numbers are no longer finite."""
     checkpoints.wait()
-    kept = checkpoint.steps(checkpoints.directory)
+    kept = items.steps(checkpoints.directory)
     last = (
         f"the last good checkpoint is {checkpoints.directory / str(kept[-1])}"
         if kept
-        else ("there is no checkpoint yet")
+        else "there is no checkpoint yet"
     )
     return UserError(
         f"the {what} is not finite at step {step}; {last}; lower the learning rate or the clipping "

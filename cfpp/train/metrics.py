@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 
 from cfpp import paths
+from cfpp.errors import how_to_install
 from cfpp.parallel import hosts
 
 
@@ -101,7 +102,7 @@ def _tensorboard(folder: epath.Path):
     try:
         from clu import metric_writers  # imports TensorFlow: seconds, so only here
     except ImportError:
-        logging.info("no TensorFlow, so no TensorBoard: pip install 'cfpp[tensorboard]'")
+        logging.info("no TensorFlow, so no TensorBoard; %s", how_to_install("tensorboard"))
         return None
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(os.fspath(folder)))
 

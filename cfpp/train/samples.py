@@ -56,7 +56,6 @@ def draw(
     rng = jax.random.key(config.seed)
     network = Network.create(config.model, config.pattern)
     if config.stage == "bidirectional":
-        network = network.without_unrolling()
         sampler = euler(BASE_STEPS, config.shift)
         video = generate.bidirectional_clip(network, state.ema, context, condition, rng, sampler)
     else:

@@ -18,7 +18,7 @@ from cfpp.errors import UserError
 from cfpp.evaluate import __main__ as command_line
 from cfpp.evaluate import job, measure, metrics, models, probe, report, table
 from cfpp.models.network import Network
-from cfpp.train import checkpoint, workdirs
+from cfpp.train import stored, workdirs
 from configs import common, quickstart, stage1, stage2
 from tests import tiny
 
@@ -165,7 +165,7 @@ def test_other_worlds_leave_out_the_physics(tmp_path, num_actions):
     )  # fmt: skip
     rows = [job.real_row(yardstick)]
     figures = rows[0].figures | {"speed": metrics.Figure(100.0, 1.0)}
-    rows.append(table.Result("dmd_2", "Student", 2, figures, video))
+    rows.append(table.Result("dmd_2", "Student", 2, figures, video, {}))
     written = table.Report(
         data="atari:Boxing",
         settings=settings,
@@ -250,8 +250,8 @@ def test_report_that_cannot_be_written(workdir, monkeypatch):
 def store(monkeypatch, config, params):
     """Makes that the model of every work directory."""
     network = Network.create(config.model, config.pattern)
-    stored = types.SimpleNamespace(network=network, config=config, load=lambda: params)
-    monkeypatch.setattr(checkpoint, "open_model", lambda path: stored)
+    model = types.SimpleNamespace(network=lambda: network, config=config, load=lambda: params)
+    monkeypatch.setattr(stored, "find", lambda path: model)
 
 
 @pytest.mark.parametrize("stage", STAGES)

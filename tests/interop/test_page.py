@@ -1,6 +1,5 @@
 """The tables of docs/interop.md say what to call for each quantity, and it can be called."""
 
-import dataclasses
 import functools
 import pathlib
 import re
@@ -20,7 +19,7 @@ from cfpp.rollout.generate import Rollout
 from cfpp.rollout.sampler import consistency
 from cfpp.stages import consistency as stage2
 from cfpp.stages import dmd, ode
-from cfpp.train import checkpoint
+from cfpp.train import stored
 from configs import stage0, stage1
 from tests import tiny
 
@@ -42,7 +41,7 @@ def names():
     stream = rollout.start(params, clean[:, :0], text, FRAMES)
     field = net.teacher_forced(params, clean, text)
     return dict(
-        dataclasses=dataclasses, wan=wan, flow=flow, consistency=stage2, ode=ode, dmd=dmd,
+        wan=wan, flow=flow, consistency=stage2, ode=ode, dmd=dmd,
         Pattern=Pattern, teacher_forced_entries=teacher_forced_entries,
         weights=wan.to_wan(params, 2), height=8, width=12, head_dim=12,
         net=net, params=params, rollout=rollout, stream=stream,
@@ -53,7 +52,7 @@ def names():
         sigmas=jnp.asarray(rollout.sampler.sigmas), grid=jnp.asarray(flow.grid(4, 5.0)),
         index=jnp.zeros((2, FRAMES), int), both=jnp.concatenate([clean, x], 1),
         levels=jnp.concatenate([sigma, sigma], 1), teacher=field, student=field, ema=field,
-        real=field, fake=field, nearest=lambda s: s, weight=lambda s: s,
+        real=field, fake=field, nearest=lambda s: s,
         rounded=lambda s: s.astype(jnp.bfloat16),
     )  # fmt: skip
 
@@ -82,11 +81,12 @@ def test_its_program_writes_a_parent(tmp_path, monkeypatch):
     monkeypatch.setattr(stage0, "get_config", lambda arg: config.copy_and_resolve_references())
     program = re.search(r"```python\n(.+?)```", PAGE.read_text(), re.DOTALL).group(1)
     exec(program, {"weights": wan.to_wan(params, config.model.patch)})
-    stored, found = checkpoint.load_model("runs/wan")
-    assert stored.stage == config.stage
+    written = stored.find("runs/wan")
+    found = written.load()
+    assert written.config.stage == config.stage
     jax.tree.map(np.testing.assert_array_equal, found, params)
     with pytest.raises(UserError, match="runs/wan exists and is not overwritten"):
-        checkpoint.write_model(config, params, "runs/wan")
+        stored.write(config, params, "runs/wan")
     config.model.layers = 3
     with pytest.raises(UserError, match="the given network is of another model: parameter blocks"):
-        checkpoint.write_model(config, params, "runs/other")
+        stored.write(config, params, "runs/other")

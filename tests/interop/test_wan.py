@@ -208,9 +208,7 @@ def test_sigma_tables():
     for name, shift in (("train", 5.0), ("shift8", 8.0)):
         t = 1000 * flow.grid(1000, shift)[:-1]
         close(t / 1000, array("h_scheduler", f"{name}_sigmas"), 1e-6)
-        weight = np.exp(-2 * ((t.astype(np.float64) - 500) / 1000) ** 2)
-        weight -= weight.min()  # the slip: pure noise weighs nothing
-        close(1000 * weight / weight.sum(), array("h_scheduler", f"{name}_weights"), 1e-5)
+        close(flow.bell_weight(t / 1000, shift), array("h_scheduler", f"{name}_weights"), 1e-5)
     close(1000 * flow.grid(1000, 5.0)[:-1], array("h_scheduler", "train_timesteps"), 1e-6)
     t = array("h_scheduler", "query_t")
     np.testing.assert_array_equal(table("train_sigmas", t), array("h_scheduler", "query_sigma"))

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cfpp import main as main_module
 from cfpp.errors import UserError, exit_on_user_error
 from cfpp.parallel import hosts, mesh
-from cfpp.train import checkpoint, jobs, metrics
+from cfpp.train import items, jobs, metrics, stored
 from tests.train import fake
 
 DEVICES = 4  # of all processes together
@@ -120,9 +120,9 @@ def divided_program(workdir, **changes):
         with hosts.ending_together():
             sizes = {"mesh": mesh.sizes("fsdp=4"), "model": {"dim": dim}}
             config = fake.config(batch_size=8, **sizes, **changes)
-            if checkpoint.steps(workdir / "checkpoints"):
+            if items.steps(workdir / "checkpoints"):
                 rows = NamedSharding(mesh.create(config.mesh), PartitionSpec("fsdp"))
-                checkpoint.load_model(workdir, rows)
+                stored.find(workdir).load(rows)
             jobs.run(config, workdir)
 
     return program
@@ -136,7 +136,7 @@ def finished_program(workdir):
         with hosts.ending_together():
             jobs.run(fake.config(batch_size=8, steps=STEPS, log_every=1, save_every=STEPS), workdir)
             if hosts.is_first():
-                checkpoint.load_model(workdir)
+                stored.find(workdir).load()
             hosts.meet("read")
             for numbers in ([], [4, 8]):
                 assert hosts.from_first(numbers if hosts.is_first() else [4, 8, 12]) == numbers
@@ -190,7 +190,7 @@ class Job:
         return {
             "codes": codes,
             "told": self.told(),
-            "checkpoints": checkpoint.steps(self.workdir / "checkpoints"),
+            "checkpoints": items.steps(self.workdir / "checkpoints"),
         }
 
 
@@ -206,7 +206,7 @@ def losses(workdir):
 def damaged(workdir: pathlib.Path) -> dict:
     """Restarts a job whose last checkpoint, of step 4, only the second process cannot read."""
     Job(workdir, divided_program(workdir, steps=4, save_every=2)).end()
-    for item in (checkpoint.MODEL, checkpoint.STATE):
+    for item in (items.MODEL, items.STATE):
         for path in (workdir / "checkpoints/4" / item / "ocdbt.process_1/d").iterdir():
             os.truncate(path, path.stat().st_size // 2)
     return Job(workdir, divided_program(workdir, steps=6, save_every=2)).end()

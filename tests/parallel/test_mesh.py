@@ -106,11 +106,12 @@ def test_every_mesh_computes_the_same(stage):
 
 PARENTS = """
 import sys
+from types import SimpleNamespace
 from unittest import mock
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from cfpp.models.network import Network
-from cfpp.train import checkpoint, loop, program
+from cfpp.train import loop, program, stored
 from tests import tiny
 from tests.test_stages import tiny_config
 
@@ -127,8 +128,10 @@ values = lambda path: tiny.params(
     networks.get(path, Network.create(config.model, config.pattern))
 )
 config.init_from.update({"student": "student", "real": "real", "critic": "critic"})
-shapes = lambda path: jax.eval_shape(lambda: values(path))
-load = lambda path, sharding: (None, jax.device_put(values(path), sharding))
+find = lambda path: SimpleNamespace(
+    shapes=lambda: jax.eval_shape(lambda: values(path)),
+    load=lambda sharding: jax.device_put(values(path), sharding),
+)
 create = program.create
 
 def spied(*arguments):
@@ -151,8 +154,7 @@ def spied(*arguments):
 with (
     mock.patch("cfpp.data.pipeline.train_batches"),
     mock.patch.object(program, "create", spied),
-    mock.patch.object(checkpoint, "model_shapes", shapes),
-    mock.patch.object(checkpoint, "load_model", load),
+    mock.patch.object(stored, "find", find),
 ):
     try:
         loop.train(config, sys.argv[1])

@@ -15,6 +15,7 @@ import pytest
 from cfpp import flow
 from cfpp.data import linear_gaussian
 from cfpp.data.linear_gaussian import Affine, Gaussian
+from cfpp.rollout.sampler import consistency
 from cfpp.stages import dmd
 from tests.proof import experiments
 from tests.proof.experiments import ACTIONS, FRAMES
@@ -174,3 +175,15 @@ def test_a_shifted_student_is_moved_back(kind):
     (params, _), divergence = recover(kind)
     assert divergence[0] > 1
     assert law_of(params).divergence(WORLD.law(ACTIONS)) < 1e-3
+
+
+@pytest.mark.parametrize("first_steps, pairs", [(2, 2), (4, 4 * 2)])
+def test_exits(first_steps, pairs):
+    """Each step as often as any other; the first chunk's own only where it takes other steps."""
+    keys, sampler = jax.random.split(jax.random.key(0), 4000), consistency(2, 1.0, first_steps)
+    exits = np.asarray(jax.vmap(lambda key: dmd.draw_exits(key, sampler, 3))(keys))
+    assert (exits[:, 1] == exits[:, 2]).all()
+    assert (exits[:, 0] == exits[:, 1]).all() == (first_steps == 2)
+    found, counts = np.unique(exits[:, :2], axis=0, return_counts=True)
+    assert len(found) == pairs
+    np.testing.assert_allclose(counts / len(keys), 1 / pairs, atol=0.03)

@@ -14,7 +14,7 @@ import time
 
 import jax
 
-from cfpp.train import checkpoint, jobs
+from cfpp.train import items, jobs
 from tests.train import fake
 
 DIM = 256
@@ -27,7 +27,7 @@ def unfinished(workdir: pathlib.Path) -> list[pathlib.Path]:
 
 
 def newest(workdir: pathlib.Path) -> int:
-    return max(checkpoint.steps(workdir / "checkpoints"), default=0)
+    return max(items.steps(workdir / "checkpoints"), default=0)
 
 
 def start(workdir: pathlib.Path) -> int:

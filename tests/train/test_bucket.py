@@ -14,7 +14,7 @@ from orbax.checkpoint._src.path import gcs_utils
 
 from cfpp import export, media
 from cfpp.errors import UserError
-from cfpp.train import checkpoint, jobs, workdirs
+from cfpp.train import checkpoint, items, jobs, stored, workdirs
 from tests.train import fake
 
 
@@ -79,7 +79,7 @@ def test_a_run_and_its_export_on_a_bucket(bucket, tmp_path, capsys):
     assert sorted(path.name for path in (bucket / "runs/a").iterdir()) == sorted(
         path.name for path in (tmp_path / "local").iterdir()
     )
-    assert checkpoint.steps(run + "/checkpoints") == [8, 12]
+    assert items.steps(run + "/checkpoints") == [8, 12]
     logged = (bucket / "runs/a/metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in logged] == [2, 4, 6, 8, 10, 12]
     with pytest.raises(UserError, match="gs://bucket/runs/a was made with another configuration"):
@@ -87,7 +87,7 @@ def test_a_run_and_its_export_on_a_bucket(bucket, tmp_path, capsys):
 
     export.main([f"--workdir={run}", "--out=gs://bucket/models/a"])
     exported, local = (
-        checkpoint.load_model(path)[1] for path in ("gs://bucket/models/a", tmp_path / "local")
+        stored.find(path).load() for path in ("gs://bucket/models/a", tmp_path / "local")
     )
     jax.tree.map(np.testing.assert_array_equal, exported, local)
     child = fake.config(init_from={"teacher": "gs://bucket/models/a"}, steps=1)
@@ -101,7 +101,7 @@ def test_a_checkpoint_without_its_seal_does_not_count(bucket, capsys):
     with mock.patch("cfpp.train.metrics._tensorboard"):
         jobs.run(fake.config(), run)
         (bucket / "runs/a/checkpoints/12/commit_success.txt").unlink()
-        assert checkpoint.steps(run + "/checkpoints") == [8]
+        assert items.steps(run + "/checkpoints") == [8]
         assert not checkpoint.is_finished(run, 12)
         jobs.run(fake.config(), run)
     assert "continuing from step 8" in capsys.readouterr().out

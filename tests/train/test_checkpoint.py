@@ -15,7 +15,7 @@ from etils import epath
 from cfpp import export
 from cfpp.errors import UserError
 from cfpp.models import shapes
-from cfpp.train import checkpoint, jobs, workdirs
+from cfpp.train import checkpoint, items, jobs, stored, workdirs
 from tests.train import fake
 from tests.train.test_loop import final_state
 
@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_is_passed_over(workdir, trained, caplog, item, fil
 
     with fake.patches(dim=64)[2]:
         jobs.run(CONFIG, workdir)  # saves step 12 again
-    assert checkpoint.steps(workdir / "checkpoints") == [8, 12]
+    assert items.steps(workdir / "checkpoints") == [8, 12]
     jax.tree.map(np.testing.assert_array_equal, restore(workdir), restore(trained))
 
 
@@ -97,8 +97,8 @@ def test_when_nothing_is_intact_training_does_not_start_anew(workdir):
     with pytest.raises(UserError, match=r"no checkpoint in .* can be read .*; move this folder"):
         restore(workdir)
     with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
-        checkpoint.load_model(workdir)
-    assert checkpoint.steps(workdir / "checkpoints") == [8, 12]
+        stored.find(workdir).load()
+    assert items.steps(workdir / "checkpoints") == [8, 12]
 
 
 @pytest.mark.parametrize(
@@ -114,17 +114,17 @@ def test_when_nothing_is_intact_training_does_not_start_anew(workdir):
 )
 def test_what_cannot_be_read_now_is_not_damaged(workdir, trained, fault):
     """A run does not go back to an older checkpoint, nor is told to move this one away."""
-    with mock.patch.object(checkpoint, "_read", side_effect=fault):
+    with mock.patch.object(items, "read", side_effect=fault):
         with pytest.raises(UserError, match=r"a checkpoint cannot be read now: .* may be whole"):
             restore(workdir)
         assert not checkpoint.is_finished(workdir, 12)
-    assert checkpoint.steps(workdir / "checkpoints") == [8, 12]
+    assert items.steps(workdir / "checkpoints") == [8, 12]
     jax.tree.map(np.testing.assert_array_equal, restore(workdir), restore(trained))
 
 
 def test_loading_a_model_passes_damage_over_and_changes_nothing(workdir):
     truncate(largest_file(workdir / "checkpoints" / "12" / "model"))
-    _, params = checkpoint.load_model(workdir)
+    params = stored.find(workdir).load()
     shutil.rmtree(workdir / "checkpoints" / "12")
     np.testing.assert_array_equal(params["kernel"], restore(workdir)[0].ema["kernel"])
 
@@ -140,10 +140,10 @@ def test_what_was_read_of_a_damaged_checkpoint_is_let_go(tmp_path):
         array = np.zeros(3)
         read_before.append(weakref.ref(array))
         if path.name == "2":
-            raise checkpoint.DamageError("cut off")
+            raise items.DamageError("cut off")
         return array
 
-    assert checkpoint._newest_intact(epath.Path(tmp_path), [1, 2], read)[0] == 1
+    assert items.newest_intact(epath.Path(tmp_path), [1, 2], read)[0] == 1
 
 
 def test_saving_asks_nobody_whether_the_job_is_to_end(tmp_path):
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_another_model_is_refused(workdir):
         jobs.run(fake.config(model={"dim": 16}, steps=13), workdir)
     assert "parameter bias is float32[64] there and float32[16] in this" in str(error.value)
     assert str(workdir / "checkpoints" / "12") in str(error.value)
-    assert checkpoint.steps(workdir / "checkpoints") == [8, 12]
+    assert items.steps(workdir / "checkpoints") == [8, 12]
 
 
 @pytest.mark.parametrize(
@@ -190,9 +190,10 @@ def test_shapes_name_the_first_difference(found, message):
 def test_export_has_the_model_and_its_config(trained, tmp_path, capsys):
     export.main([f"--workdir={trained}", f"--out={tmp_path / 'out'}"])
     assert "exported" in capsys.readouterr().out
-    config, params = checkpoint.load_model(tmp_path / "out")
+    model = stored.find(tmp_path / "out")
+    config, params = model.config, model.load()
     assert config == CONFIG
-    jax.tree.map(np.testing.assert_array_equal, params, checkpoint.load_model(trained)[1])
+    jax.tree.map(np.testing.assert_array_equal, params, stored.find(trained).load())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     child = fake.config(model={"dim": 64}, init_from={"teacher": str(tmp_path / "out")}, steps=1)
@@ -202,50 +203,52 @@ def test_export_has_the_model_and_its_config(trained, tmp_path, capsys):
 
 def test_paths_may_be_relative(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(trained.parent)
-    config, params = checkpoint.load_model(trained.name)
+    model = stored.find(trained.name)
+    config, params = model.config, model.load()
     assert config == CONFIG
-    assert checkpoint.model_shapes(trained.name)["kernel"].shape == params["kernel"].shape
-    checkpoint.export(trained.name, os.path.relpath(tmp_path / "out"))
+    assert stored.find(trained.name).shapes()["kernel"].shape == params["kernel"].shape
+    stored.export(trained.name, os.path.relpath(tmp_path / "out"))
     monkeypatch.chdir(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, params, checkpoint.load_model("out")[1])
+    jax.tree.map(np.testing.assert_array_equal, params, stored.find("out").load())
 
 
 def test_export_overwrites_nothing_and_damage_is_told(trained, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(UserError, match="exists and is not overwritten"):
-        checkpoint.export(trained, out)
+        stored.export(trained, out)
     out.rmdir()
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp/mine").touch()
-    checkpoint.export(trained, out)
+    stored.export(trained, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
     assert (tmp_path / "out.tmp/mine").exists()
     full = OSError(errno.ENOSPC, "No space left on device")
     with mock.patch("cfpp.train.workdirs.write_config", side_effect=full), pytest.raises(UserError):
-        checkpoint.export(trained, tmp_path / "other")
+        stored.export(trained, tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
     flip_a_bit(largest_file(out / "model"))
     with pytest.raises(UserError, match=r"is damaged .*; export it again"):
-        checkpoint.load_model(out)
+        stored.find(out).load()
     (out / "model/_METADATA").unlink()
     with pytest.raises(UserError, match=r"is damaged .*; export it again"):
-        checkpoint.model_shapes(out)
+        stored.find(out).shapes()
 
 
 def test_a_job_of_several_stages_stands_for_its_last(trained, tmp_path):
     (tmp_path / "config.json").write_text('{"jobs": ["first", "last"]}')
     (tmp_path / "last").symlink_to(trained)
-    config, params = checkpoint.load_model(tmp_path)
+    model = stored.find(tmp_path)
+    config, params = model.config, model.load()
     assert config == CONFIG and params["kernel"].shape == (64, 64)
 
 
 def test_an_unfinished_run_is_told_of(workdir, caplog):
-    checkpoint.load_model(workdir)
+    stored.find(workdir).load()
     assert not caplog.text
-    stored = (workdir / "config.json").read_text()
-    (workdir / "config.json").write_text(stored.replace('"steps": 12', '"steps": 20'))
-    checkpoint.load_model(workdir)
+    written = (workdir / "config.json").read_text()
+    (workdir / "config.json").write_text(written.replace('"steps": 12', '"steps": 20'))
+    stored.find(workdir).load()
     assert "is not finished: it has come to step 12 of 20" in caplog.text
 
 
@@ -265,13 +268,13 @@ def test_no_model_to_load(tmp_path, files, message):
         folder.mkdir(exist_ok=True)
         (folder / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        checkpoint.load_model(folder)
+        stored.find(folder).load()
 
 
 def test_a_job_that_has_not_come_to_its_last_stage(tmp_path):
     (tmp_path / "config.json").write_text('{"jobs": ["stage0", "stage1"]}')
     with pytest.raises(UserError, match=r"has not come to its last stage yet; .*/stage0$"):
-        checkpoint.load_model(tmp_path)
+        stored.find(tmp_path).load()
 
 
 def test_configs_come_back_as_they_were(tmp_path):
@@ -296,7 +299,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         jobs.run(fake.config(keep=1), tmp_path)
     assert "the disk is full" in str(error.value) and "\n" not in str(error.value)
-    assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+    assert items.steps(tmp_path / "checkpoints") == [4]
 
 
 @pytest.fixture
@@ -315,7 +318,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
     small_disk, tmp_path, monkeypatch, foreseen
 ):
     if not foreseen:  # somebody else fills it while the checkpoint is being written
-        monkeypatch.setattr(checkpoint, "_check_room", lambda directory, tree: None)
+        monkeypatch.setattr(items, "check_room", lambda directory, tree: None)
     config = fake.config(keep=1, model={"dim": 256})  # a checkpoint is a good megabyte
     with fake.patches(dim=256)[2]:
         with pytest.raises(UserError) as error:

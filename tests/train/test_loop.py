@@ -17,7 +17,7 @@ import pytest
 from cfpp.data import sources
 from cfpp.errors import UserError
 from cfpp.stages import Parent
-from cfpp.train import checkpoint, checks, jobs, program, samples, workdirs
+from cfpp.train import checkpoint, checks, items, jobs, program, samples, stored, workdirs
 from tests.train import crash, fake
 
 
@@ -34,7 +34,9 @@ def final_state(workdir, config=None):
     config = config or fake.config()
     stage = fake.build(config)
     template = jax.eval_shape(
-        stage.init, jax.random.key(0), checks.parents(config, checkpoint.model_shapes)
+        stage.init,
+        jax.random.key(0),
+        checks.parents(config, lambda path: stored.find(path).shapes()),
     )
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(lambda x: x.update(sharding=device), template)
@@ -67,10 +69,11 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_leaves_checkpoints_metrics_and_its_config(finished):
-    assert checkpoint.steps(finished / "checkpoints") == [8, 12]  # keep = 2
+    assert items.steps(finished / "checkpoints") == [8, 12]  # keep = 2
     assert logged_steps(finished) == [2, 4, 6, 8, 10, 12]
     assert {"step", "loss", "steps_per_second"} <= rows(finished)[0].keys()
-    config, params = checkpoint.load_model(finished)
+    model = stored.find(finished)
+    config, params = model.config, model.load()
     assert config == fake.config()
     np.testing.assert_array_equal(params["kernel"], final_state(finished)[0].ema["kernel"])
 
@@ -121,7 +124,7 @@ def test_sigterm_saves_and_the_next_start_continues(finished, tmp_path, capsys):
         assert not jobs.run(fake.config(), tmp_path)
     out = capsys.readouterr().out
     assert "interrupted at step 5, saved; run the same command to continue" in out
-    assert checkpoint.steps(tmp_path / "checkpoints") == [4, 5]
+    assert items.steps(tmp_path / "checkpoints") == [4, 5]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert jobs.run(fake.config(), tmp_path)
     assert "continuing from step 5" in capsys.readouterr().out
@@ -170,13 +173,13 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, fault, wh
         jobs.run(fake.config(**{fault: step}), tmp_path)
     assert f"the {what} is not finite at step {step}" in str(error.value)
     assert str(tmp_path / "checkpoints" / "4") in str(error.value)
-    assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+    assert items.steps(tmp_path / "checkpoints") == [4]
 
 
 def test_divergence_is_seen_before_saving_though_not_logged(tmp_path):
     with pytest.raises(UserError, match="the loss is not finite at step 3"):
         jobs.run(fake.config(bad_loss_at=3, log_every=100), tmp_path)
-    assert checkpoint.steps(tmp_path / "checkpoints") == []
+    assert items.steps(tmp_path / "checkpoints") == []
 
 
 def test_a_workdir_of_another_config_is_refused(finished):
@@ -267,7 +270,7 @@ def test_a_workdir_that_cannot_be_made(tmp_path, workdir, message):
 def test_parents_are_what_the_stage_starts_from(finished, tmp_path):
     config = fake.config(init_from={"teacher": str(finished)}, steps=1)
     jobs.run(config, tmp_path)
-    _, teacher = checkpoint.load_model(finished)
+    teacher = stored.find(finished).load()
     frozen = final_state(tmp_path, config)[0].frozen["teacher"]
     jax.tree.map(np.testing.assert_array_equal, frozen, teacher)
 
@@ -501,7 +504,5 @@ def test_donated_buffers_do_not_reach_the_disk(tmp_path):
         for number in range(6):
             batch = jax.tree.map(jnp.asarray, next(data))
             state, _ = step(state, batch, jax.random.fold_in(key, number))
-            saved = checkpoint._read_model(
-                checkpoint.epath.Path(tmp_path) / "checkpoints" / str(number + 1)
-            )
+            saved = items.read_model(tmp_path / "checkpoints" / str(number + 1))
             np.testing.assert_array_equal(saved["kernel"], state.ema["kernel"])
