@@ -193,7 +193,7 @@ def test_other_worlds_leave_out_the_physics(tmp_path, num_actions):
 def test_verdicts_need_two_standard_errors():
     def result(key, mean, error):
         figures = {"frechet": metrics.Figure(mean, error), "speed": metrics.Figure(1.0, 0.0)}
-        return table.Result(key, key, 1, figures, np.zeros((2, 5, 32, 32, 3), np.uint8))
+        return table.Result(key, key, 1, figures, np.zeros((2, 5, 32, 32, 3), np.uint8), {})
 
     def stage_3(mean):
         rows = [result("real", 1.0, 0.1), result("cd_2", 20.0, 3.0), result("dmd_2", mean, 4.0)]
