@@ -274,7 +274,7 @@ MUTATIONS = (
     ),
     Mutation(
         "exit_never_last", "the rollout never leaves at the schedule's last step",
-        "cfpp/stages/dmd.py", "jnp.floor(u * (last + 1))", "jnp.floor(u * last)",
+        "cfpp/stages/dmd.py", "(2, 1)) * (steps + 1))", "(2, 1)) * steps)",
         (f"{WIRING}matching",),
     ),
     Mutation(

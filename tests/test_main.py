@@ -120,6 +120,22 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
     assert f"interrupted at step {step}, saved; run the same command to continue" in out
 
 
+def test_a_sigterm_where_there_is_nothing_to_save(tmp_path):
+    """What is open is closed, and nothing else of Python's end is run: XLA may still compute."""
+    program = """
+import atexit, os
+from cfpp import main
+atexit.register(os._exit, 139)
+try:
+    main._leave()
+finally:
+    print("closed", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert done.stdout == "interrupted; run the same command to continue\nclosed\n"
+
+
 @pytest.fixture
 def job():
     """Two stages, the second from the first, and an evaluation that only notes that it ran."""
