@@ -182,7 +182,7 @@ def replay_row(chunk: int) -> dict:
     def unrolled(params):
         def generate(stream, _):
             stream = jax.lax.stop_gradient(stream)
-            stream, out = rollout.chunk(params, stream, None, noise, jnp.array([1.0, 0.0]), 0)
+            stream, out = rollout.next_chunk(params, stream, None, noise, jnp.array([1.0, 0.0]), 0)
             return stream, out.x0
 
         stream = rollout.start(params, x[:, :0], {}, frames)

@@ -53,7 +53,7 @@ def test_first_chunk_of_another_length():
         for rollout, i in ((long, 0), (short, 3), (short, 4)):
             part = np.s_[:, i : i + rollout.network.pattern.chunk]
             levels = jnp.asarray(sampler.sigmas[1])
-            stream, chunk = rollout.chunk(
+            stream, chunk = rollout.next_chunk(
                 params, stream, actions[part], lambda frames, _: noise[:, frames], levels, 0
             )
             parts.append(chunk.x0)

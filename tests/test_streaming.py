@@ -254,14 +254,14 @@ def test_frames_do_not_wait_for_their_context_pass():
     rollout = generate.Rollout(net, consistency(1, 3.0), fused=False)
     caches = []
 
-    def remembered(rollout, params, cache, stream):
+    def noted(rollout, params, cache, stream):
         assert (stream.pending_frame >= 0).all()
         caches.append(np.array(cache.frame))
-        return remember(rollout, params, cache, stream)
+        return context_pass(rollout, params, cache, stream)
 
-    remember = stream_module._remember
+    context_pass = stream_module._context_pass
     context, condition = np.zeros((1, 0, 8, 12, 3), np.uint8), {"actions": tiny.actions(0)[:1]}
-    with mock.patch.object(stream_module, "_remember", remembered):
+    with mock.patch.object(stream_module, "_context_pass", noted):
         player = Player(rollout, tiny.params(net), context, condition, jax.random.key(0))
         chunks = [player.play(np.zeros((1, size), np.int32)).shape[1] for size in (2, 1, 1)]
     assert len(caches) == 3

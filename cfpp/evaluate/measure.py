@@ -194,7 +194,7 @@ def figures(
     values = features.windows(video[:, context - 1 :], yardstick.scale)
     result = {"frechet": metrics.frechet(values, yardstick.reference)}
     if yardstick.probe is not None:
-        told = probe.told_actions(yardstick.probe, video[:, context - 1 :])
+        told = probe.predict_actions(yardstick.probe, video[:, context - 1 :])
         right = told == yardstick.actions[:, context:]
         result["action_accuracy"] = metrics.average(right.mean(1))
     if yardstick.states is None:

@@ -87,13 +87,13 @@ def train(
     return Probe(network, params)
 
 
-def told_actions(probe: Probe, video: np.ndarray) -> np.ndarray:
+def predict_actions(probe: Probe, video: np.ndarray) -> np.ndarray:
     """The likeliest action of each step in clips uint8 `[E, T, H, W, 3]`: int `[E, T-1]`."""
-    return np.stack([_told(probe.network, probe.params, clip) for clip in video])
+    return np.stack([_predict(probe.network, probe.params, clip) for clip in video])
 
 
 @jax.jit(static_argnums=0)
-def _told(network: InverseDynamics, params: dict, clip: jax.Array) -> jax.Array:
+def _predict(network: InverseDynamics, params: dict, clip: jax.Array) -> jax.Array:
     return network.apply(params, clip[:-1], clip[1:]).argmax(-1)
 
 

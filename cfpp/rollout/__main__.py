@@ -127,9 +127,7 @@ def first_frames(
     return np.zeros((1, 0, height, width, 3), np.uint8), np.zeros((1, 0), np.int32)
 
 
-def load(
-    options: argparse.Namespace,
-) -> tuple[Network, ml_collections.ConfigDict, Params]:
+def load(options: argparse.Namespace) -> tuple[Network, ml_collections.ConfigDict, Params]:
     """The network, its stage's configuration, and the parameters.
 
     These are laid out over the devices of the ambient mesh if there is one.

@@ -150,10 +150,10 @@ class Rollout(flax.struct.PyTreeNode):
             cache=cache.write(jnp.asarray(kept, jnp.int32), key, value), frame=np.int32(given)
         )
 
-    def chunk(self, params: Params, stream: Stream, *inputs) -> tuple[Stream, Chunk]:
+    def next_chunk(self, params: Params, stream: Stream, *inputs) -> tuple[Stream, Chunk]:
         """`generate`, of the same arguments, and the context pass unless that will be fused."""
         stream, chunk = self.generate(params, stream, *inputs)
-        return (stream if self.keeps(stream) else self.remember(params, stream)), chunk
+        return (stream if self.keeps(stream) else self.context_pass(params, stream)), chunk
 
     def keeps(self, stream: Stream) -> bool:
         """Whether what is pending will be written by the next chunk's first step."""
@@ -215,7 +215,7 @@ class Rollout(flax.struct.PyTreeNode):
         )
         return stream, Chunk(x0, x, sigmas[last])
 
-    def remember(self, params: Params, stream: Stream) -> Stream:
+    def context_pass(self, params: Params, stream: Stream) -> Stream:
         """The separate context pass: writes to the cache what is pending."""
         batch, size = stream.pending.shape[:2]
         _, key_value = self._evaluate(
@@ -274,7 +274,7 @@ class Rollout(flax.struct.PyTreeNode):
 
         def body(stream, inputs):
             actions, sigmas, last = inputs
-            return self.chunk(params, stream, actions, noise, sigmas, last)
+            return self.next_chunk(params, stream, actions, noise, sigmas, last)
 
         stream, out = jax.lax.scan(body, stream, (actions, sigmas, last))
         join = lambda x: einops.rearrange(x, "n b c ... -> b (n c) ...")
@@ -286,7 +286,7 @@ class Rollout(flax.struct.PyTreeNode):
         actions = of_frames(condition, np.s_[:first]).get("actions")
         others = of_frames(condition, np.s_[first:])
         sigmas = jnp.asarray(sigmas)
-        stream, one = self.chunk(params, stream, actions, noise, sigmas[0], last[0])
+        stream, one = self.next_chunk(params, stream, actions, noise, sigmas[0], last[0])
         stream, out = self.unroll(params, stream, others, noise, sigmas[1:], last[1:])
         join = lambda a, b: jnp.concatenate([a, b], 1)
         sigma = jnp.concatenate([jnp.broadcast_to(one.sigma, first), out.sigma])

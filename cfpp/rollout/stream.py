@@ -76,7 +76,7 @@ class Player:
         self._schedule = 1
         if not self._rollout.keeps(self._stream):
             # A program of its own: it runs while the caller has the frames already.
-            self._update(_remember)
+            self._update(_context_pass)
         return np.asarray(video)
 
     def _check(self, actions: np.ndarray) -> None:
@@ -125,7 +125,7 @@ def _generate(
 
 
 @functools.partial(jax.jit, donate_argnums=2)
-def _remember(
+def _context_pass(
     rollout: Rollout, params: Params, cache: Cache, stream: Stream
 ) -> tuple[Stream, None]:
-    return rollout.remember(params, stream.replace(cache=cache)), None
+    return rollout.context_pass(params, stream.replace(cache=cache)), None

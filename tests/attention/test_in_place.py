@@ -45,7 +45,7 @@ def check_step(rollout, batch: int, platform: str, sharding=None):
     placed = jax.tree.map(lambda x: x.update(sharding=sharding), arguments)
     programs = [stream_module._generate.trace(rollout, *placed)]
     if not rollout.fused:
-        programs.append(stream_module._remember.trace(rollout, *placed[:3]))
+        programs.append(stream_module._context_pass.trace(rollout, *placed[:3]))
     for traced in programs:
         memory = traced.lower(lowering_platforms=(platform,)).compile().memory_analysis()
         assert memory.alias_size_in_bytes >= nbytes(stream.cache)

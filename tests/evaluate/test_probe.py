@@ -24,10 +24,10 @@ def test_probe_tells_the_actions(optimized):
     trained = probe.train(episodes, arena.NUM_ACTIONS, steps=100)
     video = np.stack([episode["video"] for episode in held_out])
     actions = np.stack([episode["actions"] for episode in held_out])[:, 1:]
-    told = probe.told_actions(trained, video)
+    told = probe.predict_actions(trained, video)
     assert told.shape == actions.shape
     assert (told == actions).mean() > 0.75  # pushed against a wall, actions look alike
     start = np.stack([episode["states"]["agent"][0] for episode in held_out])
     is_free = ((start > 0) & (start < arena.AGENT_HIGH)).all(-1)
     still = np.repeat(video[is_free, :1], 13, axis=1)
-    assert (probe.told_actions(trained, still) == 0).mean() > 0.9  # stay
+    assert (probe.predict_actions(trained, still) == 0).mean() > 0.9  # stay
