@@ -43,7 +43,7 @@ def check_step(rollout, batch: int, platform: str, sharding=None):
     schedule = jax.ShapeDtypeStruct((), jnp.int32)
     arguments = params, stream.cache, stream.replace(cache=None), actions, key, schedule
     placed = jax.tree.map(lambda x: x.update(sharding=sharding), arguments)
-    programs = [stream_module._generate.trace(rollout, *placed)]
+    programs = [stream_module._generate.trace(rollout, *placed, np.dtype(np.uint8))]
     if not rollout.fused:
         programs.append(stream_module._context_pass.trace(rollout, *placed[:3]))
     for traced in programs:
