@@ -149,7 +149,7 @@ def test_fused_equals_separate_and_one_scan_equals_chunk_by_chunk(pattern, befor
             )
         )(params, start)
         one = jax.jit(
-            lambda p, s, a, levels, last, r=rollout: r.chunk(p, s, a, noise, levels, last)
+            lambda p, s, a, levels, last, r=rollout: r.next_chunk(p, s, a, noise, levels, last)
         )
         stream, streamed = start, []
         for n, (i, j) in enumerate(itertools.pairwise(edges)):
