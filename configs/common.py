@@ -138,7 +138,7 @@ def data(options: ConfigDict) -> ConfigDict:
     config.video_feature = "video"
     config.action_feature = "actions"
     config.workers = 0  # processes that read; 0 reads in this one
-    config.episodes = 2048  # from 512 models get worse (docs/quickstart.md)
+    config.episodes = 2048
     config.episode_frames = 64
     if options.world == "atari":
         config.name = "atari:Boxing"
