@@ -164,6 +164,16 @@ def test_ar_diffusion(labelled, monkeypatch):
     np.testing.assert_array_equal(velocity[2]["actions"][~dropped], clips["actions"][~dropped])
 
 
+def test_ar_diffusion_weighs_levels_by_a_bell(labelled, monkeypatch):
+    config, stage, state, clips = states("ar_diffusion", bell_weight=True)
+    calls = record(monkeypatch, flow, "matching_loss", lambda v, x0, *_: 1 + no_loss(x0))
+    _, metrics = stage.step(state, clips, jax.random.key(0))
+    _, _, _, sigma, _ = calls[0]
+    np.testing.assert_allclose(metrics["loss"], flow.bell_weight(sigma, config.shift).mean(), 1e-5)
+    np.testing.assert_allclose(flow.bell_weight(flow.grid(1000, 8.0)[:-1], 8.0).mean(), 1, 1e-5)
+    np.testing.assert_allclose(flow.bell_weight(np.array([0.0, 1.0]), 8.0), 0, atol=1e-6)
+
+
 def test_ar_diffusion_is_forced_on_what_it_makes(labelled, monkeypatch):
     config, stage, state, clips = states("ar_diffusion")
     made = record(monkeypatch, ar_diffusion, "resample", lambda *_, rate, sigma: "history")

@@ -50,19 +50,18 @@ def build(config) -> Stage:
         noise = jax.random.normal(noise_rng, x0.shape)
         sigma = draw_sigma(sigma_rng, network.pattern, shape, config.shift)
         condition = network.drop(drop_rng, condition, config.drop_rate)
-        weight = (
-            flow.bell_weight(sigma, config.shift) if config.bell_weight else jnp.ones_like(sigma)
-        )
         model = state.params["model"]
         history = resample(history_rng, network, model, clean, condition, **config.resample)
 
         def loss(params, inputs):
-            history, condition, x0, noise, sigma, weight = inputs
+            history, condition, x0, noise, sigma = inputs
             velocity = network.teacher_forced(params, history, condition)
             error = flow.matching_loss(velocity, x0, noise, sigma, config.sigma_floor)
-            return jnp.mean(weight * error)
+            if config.bell_weight:
+                error *= flow.bell_weight(sigma, config.shift)
+            return jnp.mean(error)
 
-        inputs = history, condition, x0, noise, sigma, weight
+        inputs = history, condition, x0, noise, sigma
         state, metrics = descend(state, "model", transform, loss, inputs, config.accumulate)
         return advance(state, config), metrics
 
