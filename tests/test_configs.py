@@ -67,6 +67,13 @@ def test_wan(stage):
         assert config.init_from[role] or not parent.required
 
 
+@pytest.mark.parametrize("stage", ["stage2", "stage3"])
+def test_wan_takes_four_steps_in_chunks(stage):
+    by_frame, by_chunk = (config_of(stage, f"wan_1_3b,chunk={size}") for size in (1, 3))
+    assert by_frame.positions == (1000, 500)
+    assert by_chunk.positions == by_frame.first_positions == (1000, 750, 500, 250)
+
+
 def test_the_teacher_of_stage_3_may_be_larger():
     config = config_of("stage3", "wan_1_3b,teacher=14b")
     stage = checks.build_stage(config)

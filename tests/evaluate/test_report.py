@@ -211,6 +211,13 @@ def test_verdicts_need_two_standard_errors():
 # ---------------------------------------------------------------------------------------- faults
 
 
+def test_a_last_checkpoint_that_is_not_whole_does_not_count(workdir, monkeypatch):
+    """In a bucket it has its name before all of it is there."""
+    monkeypatch.setattr("orbax.checkpoint.utils.is_checkpoint_finalized", lambda path: False)
+    with pytest.raises(UserError, match="no stage has finished"):
+        models.find_stages(workdir / "stage1")
+
+
 def test_nothing_to_evaluate(workdir, tmp_path):
     with pytest.raises(UserError, match=r"nowhere has no config.json; give the --workdir"):
         models.find_stages(tmp_path / "nowhere")
