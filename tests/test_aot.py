@@ -74,7 +74,7 @@ def test_slices_that_exist(aot, name):
 
 def test_the_compiler_is_missing(aot, monkeypatch):
     monkeypatch.setattr(aot.topology.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install .* -e '\.\[tpu\]'"):
+    with pytest.raises(UserError, match=r"; pip install -c constraints.txt -e '\.\[tpu\]' in"):
         aot.topology.devices("v5e:2x2")
 
 

@@ -120,7 +120,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
     assert f"interrupted at step {step}, saved; run the same command to continue" in out
 
 
-def test_a_sigterm_where_there_is_nothing_to_save(tmp_path):
+def test_a_sigterm_where_there_is_nothing_to_save():
     """What is open is closed, and nothing else of Python's end is run: XLA may still compute."""
     program = """
 import atexit, os

@@ -106,7 +106,7 @@ def plot_by_frame(report: Report, path: epath.Path) -> None:
     )
     for axis, (key, label, unit) in zip(axes, panels, strict=True):
         for row in report.rows:
-            steps = row.key.removeprefix(row.family).lstrip("_")
+            _, _, steps = row.key.partition("_")
             values = row.by_frame[key]
             mean = unit * np.array([value.mean for value in values])
             error = unit * np.array([value.error for value in values])

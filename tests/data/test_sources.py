@@ -479,7 +479,8 @@ def test_a_game_that_cannot_be_recorded_is_named(tmp_path, fields, message):
 def test_without_the_emulator_what_is_recorded_can_be_read(boxing, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     sources.prepare(boxing)
-    with pytest.raises(UserError, match=r"needs the package ale-py; pip install .*\[atari\]"):
+    message = r"needs the package ale-py; pip install -c constraints.txt -e '\.\[atari\]' in"
+    with pytest.raises(UserError, match=message):
         sources.prepare(atari_config(tmp_path))
 
 

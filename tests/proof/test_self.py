@@ -8,7 +8,6 @@ tensor is out of reach for all rounding, and next to nothing for a mistake.
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 from unittest import mock
@@ -256,7 +255,7 @@ def test_replayed_gradient_equals_the_unrolled_one(pattern, before, last):
         return jax.grad(loss, has_aux=True)
 
     for setting in ("none", "straight_through"):
-        student = dataclasses.replace(net, dit=net.dit.clone(history_gradient=setting))
+        student = net.clone(history_gradient=setting)
         replay = slope(lambda p, s=student: dmd.replay(s, p, cache, inputs, sigma, condition))
         naive = slope(
             lambda p, through=setting == "straight_through": naive_rollout(
