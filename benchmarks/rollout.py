@@ -62,19 +62,16 @@ def stream(size: str, attention: str, first_steps: int) -> dict:
     """Streams a clip twice, and times the second: the first one compiles."""
     config = job(size, attention)
     network = Network.create(config.model, config.pattern).without_unrolling()
-    # Parameters are read once a pass, so they are kept in the dtype in which they are used.
-    dtype = network.dit.dtype
-    init = lambda rng: jax.tree.map(lambda x: x.astype(dtype), nn.meta.unbox(network.init(rng)))
+    init = lambda rng: network.for_inference(nn.meta.unbox(network.init(rng)))
     params = jax.jit(init)(jax.random.key(0))
     rollout = Rollout(network, consistency(2, shift=5.0, first_steps=first_steps))
     condition = {"text": text(size, config.model)}
-    actions = np.zeros((1, 1), np.int32)  # the model has none
     for _ in range(2):
         player = Player(rollout, params, video(config.model, 0), condition, jax.random.key(2))
         player.wait()
         times = [time.perf_counter()]
         for _ in range(SIZES[size][1]):
-            player.play(actions)  # returns when the frame is there
+            player.play()  # returns when the frame is there
             times.append(time.perf_counter())
     first, *later = np.diff(times)
     return {

@@ -14,7 +14,7 @@ from cfpp.models.network import Network
 from cfpp.rollout import generate
 from cfpp.rollout.generate import Rollout
 from cfpp.rollout.sampler import euler
-from configs import stage2, stage3
+from configs import stage1, stage2, stage3
 from tests import tiny
 
 
@@ -135,9 +135,21 @@ def test_students_take_the_positions_they_were_trained_for():
 
 def test_what_cannot_stream():
     config = stage3.get_config()
+    with pytest.raises(UserError, match="in a student guidance is distilled"):
+        for_stage(config, guidance=2.0)
+    for name in ("steps", "first_steps"):
+        with pytest.raises(UserError, match=f"^{name} is 0; it must be at least 1"):
+            for_stage(config, **{name: 0})
     config.stage = "bidirectional"
     with pytest.raises(UserError, match="bidirectional model cannot stream"):
         for_stage(config)
     config.stage = "ar_diffusion"
     with pytest.raises(UserError, match="as many steps for the first chunk"):
         for_stage(config, first_steps=4)
+
+
+def test_a_teachers_guidance_is_its_configs_or_as_asked():
+    config = stage1.get_config()
+    assert [for_stage(config, guidance=w).guidance for w in (None, 1.0, 3.0)] == [None, None, 3.0]
+    config.guidance = 2.0
+    assert [for_stage(config, guidance=w).guidance for w in (None, 1.0, 3.0)] == [2.0, None, 3.0]

@@ -10,10 +10,10 @@ import pytest
 
 from cfpp import flow, stages
 from cfpp.attention.pattern import Pattern
-from cfpp.models.network import Network
+from cfpp.models.network import Network, cast_products
 from cfpp.stages import consistency, dmd, ode
 from cfpp.stages.resample import resample
-from cfpp.stages.stage import freeze, optimizer, unpack
+from cfpp.stages.stage import optimizer, unpack
 from configs import common
 from tests import tiny
 
@@ -71,11 +71,12 @@ def test_frozen_in_the_dtype_of_its_products_a_network_stays_the_same():
     """So at the first step of stage 3 the critic is the real score, to the bit."""
     net = tiny.network(dtype="bfloat16")
     params, x = tiny.params(net), tiny.latents(net, 3)
-    frozen = freeze(params, "bfloat16")
+    frozen = cast_products(params, "bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(frozen)} == {"bfloat16", "float32"}
     run = jax.jit(lambda p: net.bidirectional(p, {"actions": tiny.actions(3)})(x, sigma))
     sigma = jnp.full((2, 3), 0.5)
     np.testing.assert_array_equal(run(frozen), run(params))
+    jax.tree.map(np.testing.assert_array_equal, net.for_inference(params), frozen)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -125,6 +125,7 @@ def test_ctrl_c_keeps_what_was_streamed(workdir, capsys):
 
 ON_8_DEVICES = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
@@ -138,11 +139,21 @@ def frames(*arguments):
         command.run(command.parse([*sys.argv[1:], "--frames=4", "--steps=2", *arguments]))
     return np.stack([call.args[0] for call in append.call_args_list]).astype(int)
 
+class Noted(stream.Player):
+    def __init__(self, rollout, params, *rest):
+        axes.update(axis for x in jax.tree.leaves(params) for axis in x.sharding.spec)
+        super().__init__(rollout, params, *rest)
+
+    def play(self, actions):  # from another thread than the one that has set the mesh
+        return pool.submit(super().play, actions).result()
+
 alone = frames()
 programs = stream._generate._cache_size()
+command.Player, pool, axes = Noted, ThreadPoolExecutor(1), set()
 divided = frames("--mesh=data=1,context=4,tensor=2")
 assert stream._generate._cache_size() <= programs + 2  # the first chunk's and the others'
 np.testing.assert_allclose(divided, alone, atol=1)
+assert axes == {None, "tensor"}, axes  # of context nothing is left to gather in each pass
 print("equal")
 """
 
@@ -292,15 +303,43 @@ def test_actions_that_a_stream_cannot_take():
     context, condition = np.zeros((2, 0, 8, 12, 3), np.uint8), {"actions": np.zeros((2, 0), int)}
     rollout = generate.Rollout(net, consistency(1, 1.0))
     player = Player(rollout, tiny.params(net), context, condition, jax.random.key(0))
+    first = np.zeros((2, 2, 8, 12, 3), np.uint8)
     for actions, message in {
         ((0, 1), (5, 2)): "actions are 0 to 2, got 0 to 5",
         ((0, -1), (1, 2)): "got -1 to 2",
         ((0,), (1,)): r"actions are \[2, 1\], not \[2, 2\]",
         ((0, 1),): r"actions are \[1, 2\], not \[2, 2\]",
+        ((0, 1.5), (1, 2)): "actions are integers, got float64",
+        None: r"actions are \[2, 0\], not \[2, 2\]",
     }.items():
+        given = {} if actions is None else {"actions": np.array(actions)}
         with pytest.raises(ValueError, match=message):
-            player.play(np.array(actions))
+            player.play(*given.values())
+        with pytest.raises(ValueError, match=message):  # of the given frames, which stay longer
+            Player(rollout, tiny.params(net), first, given, jax.random.key(0))
     assert player.play(np.array([[0, 1], [1, 2]])).shape == (2, 2, 8, 12, 3)
+    with pytest.raises(ValueError, match="a video is uint8, or float latents; got int32"):
+        Player(rollout, tiny.params(net), context.astype(np.int32), condition, jax.random.key(0))
+
+
+def test_a_prompt_counts_from_the_next_chunk_on():
+    """Told before the first chunk, it is as if the stream had started with it."""
+    net = tiny.network(Pattern(window=3), channels=2, num_actions=0, text_dim=4)
+    params, given, key = tiny.params(net), np.zeros((1, 0, 8, 12, 2), np.float32), jax.random.key(0)
+    one, other, null = (jax.random.normal(jax.random.key(i), (1, 3, 4)) for i in range(3))
+    rollout = generate.Rollout(net, consistency(1, 1.0), guidance=2.0)
+    players = {
+        name: Player(rollout, params, given, {"text": text}, key, {"text": null})
+        for name, text in {"one": one, "other": other, "changed": one}.items()
+    }
+    players["changed"].prompt(other)
+    programs = stream_module._generate._cache_size()
+    frames = {name: player.play() for name, player in players.items()}
+    np.testing.assert_array_equal(frames["changed"], frames["other"])
+    assert np.abs(frames["one"] - frames["other"]).max() > 1e-3
+    stronger = rollout.replace(guidance=3.0)
+    Player(stronger, params, given, {"text": one}, key, {"text": null}).play()
+    assert stream_module._generate._cache_size() == programs + 1  # any weight shares it
 
 
 @pytest.mark.parametrize("given", [0, 1])
@@ -315,6 +354,23 @@ def test_chunks_share_one_program(workdir, given):
     for _ in range(3):
         player.play(np.zeros((3, 1), np.int32))
     assert stream_module._generate._cache_size() <= before + 1
+
+
+def test_the_model_runs_as_asked(workdir, tmp_path):
+    flags = ["--window=5", "--sink=2", "--guidance=3", "--attention=reference", "--steps=2"]
+    with pytest.raises(UserError, match=r"--guidance: .* was trained with config\.drop_rate=0"):
+        stream(workdir, *flags)
+    folder = shutil.copytree(workdir, tmp_path / "dropped")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"drop_rate": 0.1}))
+    with mock.patch.object(command, "Player", side_effect=UserError) as player:
+        with pytest.raises(UserError):
+            stream(folder, *flags, "--cache_dtype=int8")
+    rollout = player.call_args.args[0]
+    pattern, dit = rollout.network.pattern, rollout.network.dit
+    assert (pattern.window, pattern.sink, rollout.guidance) == (5, 2, 3.0)
+    assert (dit.attention, dit.cache_dtype) == ("reference", "int8")
+    assert rollout.sampler.steps == 2
 
 
 def test_actions_are_read_and_repeated():
@@ -338,6 +394,8 @@ def test_actions_are_read_and_repeated():
         ([f"--actions={'1' * 5000}"], "neither a NUMBER from 0 on nor NUMBERxTIMES"),
         (["--actions=²"], "neither a NUMBER from 0 on nor NUMBERxTIMES"),
         (["--seed=-1"], "--seed is -1"),
+        (["--guidance=101"], "--guidance is 101; it must be 0 to 100"),
+        (["--window=2", "--sink=2"], "--window, --sink: a window of 2 frames cannot hold a sink"),
         (["--first_frame=nowhere.png"], "nowhere.png"),
         (["--out=/proc/x.mp4"], "/proc/x.mp4"),
         (["--out=x.gif"], "--out=x.gif: the video is an MP4; give a name that ends in .mp4"),

@@ -27,7 +27,8 @@ def is_reported(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> b
     except (OSError, ValueError, TypeError, KeyError):
         return False
     is_whole = (folder / "index.html").exists()  # it is written last
-    wanted = list(config.jobs), dataclasses.asdict(Settings(**config.evaluate))
+    jobs = list(config.get("jobs", [epath.Path(workdir).name]))
+    wanted = jobs, dataclasses.asdict(Settings(**config.evaluate))
     return is_whole and made_of == wanted
 
 

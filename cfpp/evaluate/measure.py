@@ -174,7 +174,7 @@ def intact_frames(settings: Settings) -> tuple[int, ...]:
 
 def figures(
     yardstick: Yardstick, video: np.ndarray, sampled: np.ndarray | None
-) -> tuple[Figures, ByFrame | None]:
+) -> tuple[Figures, ByFrame]:
     """Measures clips.
 
     Args:

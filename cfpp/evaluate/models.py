@@ -156,7 +156,8 @@ def load(rows: Sequence[Row]) -> list[Model]:
       UserError: the stage cannot be read, or its model can continue nothing.
     """
     found = stored.find(rows[0].workdir)
-    network, params = found.network(), found.load()
+    network = found.network()
+    params = network.for_inference(found.load())
     return [_model(row, network, found.config, params) for row in rows]
 
 

@@ -13,9 +13,14 @@ def encode(video: jax.Array) -> jax.Array:
 
     Returns:
       float32 of the same shape: bytes 0 .. 255 as -1 .. 1, latents as they are.
+
+    Raises:
+      ValueError: it is of another type.
     """
     if jnp.issubdtype(video.dtype, jnp.floating):
         return video.astype(jnp.float32)
+    if video.dtype != jnp.uint8:
+        raise ValueError(f"a video is uint8, or float latents; got {video.dtype}")
     return video.astype(jnp.float32) / 127.5 - 1
 
 

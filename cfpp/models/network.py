@@ -7,6 +7,7 @@ and/or `text` float `[B, length, text_dim]`, according to the model.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -54,14 +55,18 @@ def guided(velocity: flow.Velocity, weight: float) -> flow.Velocity:
     return lambda x, sigma: guide_pairs(velocity(twice(x), twice(sigma)), weight)
 
 
-def is_product(path: Any) -> bool:
-    """Whether the parameter at a path of `jax.tree_util` is a matrix of a block.
+def cast_products(params: Params, dtype: str) -> Params:
+    """Parameters with the matrices of the blocks in another dtype.
 
-    Nearly all parameters are, and their products take them in `dit.dtype`; much of the rest is used
-    in float32.
+    Nearly all parameters are such. Their products take them in `dit.dtype`, so in that the output
+    stays the same; much of the rest is used in float32.
     """
-    names = [getattr(key, "key", None) for key in path]  # a box adds a key of another kind
-    return names[0] == "blocks" and "kernel" in names
+
+    def cast(path, x):
+        names = [getattr(key, "key", None) for key in path]  # a box adds a key of another kind
+        return x.astype(dtype) if names[0] == "blocks" and "kernel" in names else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 FIELDS = tuple(
@@ -104,6 +109,14 @@ class Network:
         """The same network with other attributes of its DiT."""
         return dataclasses.replace(self, dit=self.dit.clone(**fields))
 
+    def attending(self, **fields: Any) -> "Network":
+        """The same network with other attributes of its pattern.
+
+        Raises:
+          ValueError: they do not fit one another; see `Pattern`.
+        """
+        return dataclasses.replace(self, pattern=dataclasses.replace(self.pattern, **fields))
+
     def without_unrolling(self) -> "Network":
         """The same network with its loop over blocks not unrolled: for programs without gradients.
 
@@ -131,22 +144,15 @@ class Network:
         """What `init` returns, as shapes."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    def gathered(self, params: Params) -> Params:
+    @functools.partial(jax.jit, static_argnums=0)
+    def for_inference(self, params: Params) -> Params:
         """Parameters as every pass uses them, for many passes without a gradient.
 
-        Each pass would gather them anew, layer by layer; of these it gathers none, and the result
-        is the same. Matrices are in `dit.dtype`, as their products take them (`is_product`).
-        Without a mesh they are returned as they are.
+        Matrices of the blocks are in `dit.dtype`, and gathered from where a mesh stores them. Each
+        pass would do both anew, layer by layer; the output stays the same.
         """
-        if mesh.ambient() is None:
-            return params
-
-        def place(path, array, box):
-            if is_product(path):
-                array = array.astype(self.dit.dtype)
-            return mesh.constrain(array, *box.names)
-
-        return jax.tree_util.tree_map_with_path(place, params, self.shapes())
+        place = lambda array, box: mesh.constrain(array, *box.names)
+        return jax.tree.map(place, cast_products(params, self.dit.dtype), self.shapes())
 
     def null(self, condition: Condition) -> Condition:
         """The condition that stands for none: the extra action, text embeddings of zero."""

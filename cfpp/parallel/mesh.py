@@ -57,12 +57,14 @@ USED = {
 def create(config: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh`: a size for each of `AXES`, -1 for whatever is left.
 
+    Several slices of TPUs divide the data axis, as the network between them is slower.
+
     Args:
       config: the sizes.
       devices: all there are, by default.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or data to that of slices.
     """
     wanted, devices = [config[axis] for axis in AXES], devices or jax.devices()
     shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, wanted, strict=True))
@@ -72,7 +74,17 @@ def create(config: Mapping[str, int], devices: Sequence[jax.Device] | None = Non
     if len(devices) % given or (-1 not in wanted and given != len(devices)):
         raise UserError(f"config.mesh is {shown}; it does not multiply to {len(devices)} devices")
     shape = [len(devices) // given if size == -1 else size for size in wanted]
-    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+    slices = len({device.slice_index for device in devices if device.platform == "tpu"})
+    if slices < 2:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES)
+    data, *others = shape
+    if data % slices:
+        raise UserError(f"config.mesh.data is {data}; it must be a multiple of the {slices} slices")
+    placed = mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *others), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
+    return Mesh(placed, AXES)
 
 
 def sizes(text: str) -> dict[str, int]:
@@ -141,11 +153,16 @@ def state_shardings(boxed: Any, mesh: Mesh) -> Any:
 
     Returns:
       A tree of `NamedSharding`s like the unboxed state.
+
+    Raises:
+      ValueError: a box has a name that `STORED` does not know.
     """
 
     def place(leaf):
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, PartitionSpec())
+        if unknown := {*leaf.names} - {*STORED, None}:
+            raise ValueError(f"a parameter's axes are {leaf.names}; STORED does not know {unknown}")
         spec = lambda array: _spec(leaf.names, STORED, array.shape, mesh.shape)
         # A box may hold an empty tree: a parameter that the optimizer leaves to another.
         return jax.tree.map(lambda array: NamedSharding(mesh, spec(array)), leaf.value)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from cfpp import media
 from cfpp.attention.cache import LARGEST_VALUES
+from cfpp.attention.dispatch import IMPLEMENTATIONS
 from cfpp.data import pipeline, sources
 from cfpp.data.actions import held_actions
 from cfpp.errors import ArgumentParser, UserError, exit_on_user_error
@@ -26,12 +27,12 @@ from cfpp.parallel import mesh
 from cfpp.rollout import generate
 from cfpp.rollout.sampler import TEACHER_STEPS
 from cfpp.rollout.stream import Player
-from cfpp.train import stored
+from cfpp.train import checks, stored
 
 FRAMES_PER_SECOND = 8  # of the video file
 LONGEST_HOLD = 6  # frames that a random action is held
 LONGEST_ACTIONS = 10**6  # frames that a given action is held, at most
-LIMITS = {"frames": 10**9, "steps": 1000, "first_steps": 1000, "scale": 64}
+LIMITS = {"frames": 10**9, "steps": 1000, "first_steps": 1000, "window": 10**6, "scale": 64}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -57,10 +58,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--first_frame", help="a picture to start from; by default a held-out frame"
     )
+    parser.add_argument("--guidance", type=float, help="a teacher's weight; default: as trained")
+    parser.add_argument("--window", type=int, help="frames to remember; default: as trained")
+    parser.add_argument("--sink", type=int, help="first frames to keep; default: as trained")
     parser.add_argument("--mesh", help="several devices for the stream: context=4,tensor=2")
     parser.add_argument("--latency", action="store_true", help="write the cache in a separate pass")
     parser.add_argument(
         "--cache_dtype", choices=sorted(LARGEST_VALUES), help="hold keys and values in 8 bits"
+    )
+    parser.add_argument(
+        "--attention", choices=("auto", *IMPLEMENTATIONS), help="kernels; default: as trained"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=int, default=8, help="enlargement of the video")
@@ -128,29 +135,51 @@ def first_frames(
 
 
 def load(options: argparse.Namespace) -> tuple[Network, ml_collections.ConfigDict, Params]:
-    """The network, its stage's configuration, and the parameters.
+    """The network as it is to run, its stage's configuration, and the parameters.
 
     These are laid out over the devices of the ambient mesh if there is one.
 
     Raises:
-      UserError: there is no such model, it is not one of pixels and actions, or it does not divide
-        over the mesh.
+      UserError: there is no such model, it is not one of pixels and actions, it cannot run so, or
+        it does not divide over the mesh.
     """
     path = options.workdir or options.checkpoint
     model = stored.find(path)
-    network, config = model.network(), model.config
+    network, config = as_asked(options, model.network()), model.config
     dit = network.dit
     if dit.text_dim or dit.channels != 3:
         raise UserError(
             f"{path} is a model of {'text' if dit.text_dim else 'latents'}; this program streams "
             "RGB pixels from actions, and cfpp.rollout.stream.Player all others"
         )
-    if not options.mesh:
-        return network, config, model.load()
-    device_mesh = jax.sharding.get_mesh()
-    mesh.check(device_mesh, config.model)
-    sharding = mesh.state_shardings(network.shapes(), device_mesh)
-    return network, config, model.load(sharding)
+    if options.guidance is not None:
+        if checks.is_untaught(config, lambda parent: stored.find(parent).config):
+            raise UserError(
+                f"--guidance: {path} was trained with config.drop_rate=0 and knows no "
+                "unconditional prediction"
+            )
+    sharding = None
+    if options.mesh:
+        device_mesh = jax.sharding.get_mesh()
+        mesh.check(device_mesh, config.model)
+        sharding = mesh.state_shardings(network.shapes(), device_mesh)
+    return network, config, network.for_inference(model.load(sharding))
+
+
+def as_asked(options: argparse.Namespace, network: Network) -> Network:
+    """The network with the pattern, the cache and the kernels that the command line asks for.
+
+    Raises:
+      UserError: the pattern's sizes do not fit one another.
+    """
+    given = lambda *names: {
+        name: value for name in names if (value := getattr(options, name)) is not None
+    }
+    try:
+        network = network.attending(**given("window", "sink"))
+    except ValueError as error:
+        raise UserError(f"--window, --sink: {error}") from error
+    return network.clone(**given("cache_dtype", "attention"))
 
 
 @contextlib.contextmanager
@@ -180,6 +209,9 @@ def run(options: argparse.Namespace) -> None:
         if value is not None and not 1 <= value <= most:
             wanted = "at least 1" if value < 1 else f"at most {most}"
             raise UserError(f"--{name} is {value}; it must be {wanted}")
+    least, most = checks.RANGES["guidance"]
+    if options.guidance is not None and not least <= options.guidance <= most:
+        raise UserError(f"--guidance is {options.guidance:g}; it must be {least:g} to {most:g}")
     if not options.out.lower().endswith(".mp4"):
         raise UserError(f"--out={options.out}: the video is an MP4; give a name that ends in .mp4")
     media.check_writable(options.out)
@@ -194,10 +226,9 @@ def run(options: argparse.Namespace) -> None:
 def stream(options: argparse.Namespace) -> None:
     """Streams on the devices of the ambient mesh, or on one; see `run`."""
     network, config, params = load(options)
-    if options.cache_dtype:
-        network = network.clone(cache_dtype=options.cache_dtype)
-    fused = not options.latency
-    rollout = generate.for_stage(network, config, options.steps, options.first_steps, fused)
+    rollout = generate.for_stage(
+        network, config, options.steps, options.first_steps, options.guidance, not options.latency
+    )
     actions = steering(options, network.dit.num_actions)
     context, given = first_frames(options, config)
     key = jax.random.key(options.seed)
@@ -212,7 +243,9 @@ def stream(options: argparse.Namespace) -> None:
     for _ in range(2):  # compiles; on several devices a second time for the layout it leaves
         session.play(np.zeros((1, session.chunk), np.int32))
     session.wait()
-    latency, seconds, done = None, [], 0
+    del session  # and its cache, before there is another
+    latency, done = None, 0
+    seconds, timed = 0.0, 0  # of the frames after the first chunk
     with (
         media.Mp4Writer(options.out, FRAMES_PER_SECOND, options.scale) as writer,
         tqdm(total=options.frames, unit="frame") as progress,
@@ -222,9 +255,13 @@ def stream(options: argparse.Namespace) -> None:
         session = player()
         while done < options.frames and not (done and interrupted()):
             frames = play(session)
-            latency = latency or time.perf_counter() - begin
+            arrived = time.perf_counter()
             session.wait()
-            seconds.append(time.perf_counter() - begin)
+            if latency is None:
+                latency = arrived - begin
+            else:
+                seconds += time.perf_counter() - begin
+                timed += chunk
             for frame in frames[: options.frames - done]:
                 writer.append(frame)
                 done += 1
@@ -234,9 +271,8 @@ def stream(options: argparse.Namespace) -> None:
     ended = "" if done == options.frames else f", interrupted: {options.frames} were asked for"
     print(f"{options.out}: {done} frames by the {config.stage} model{ended}")
     print(f"first frame after: {1000 * latency:.1f} ms, the cache filled and all compiled")
-    if len(seconds) > 1:
-        rate = chunk * (len(seconds) - 1) / sum(seconds[1:])
-        print(f"then: {rate:.0f} frames/s, the video encoder not counted")
+    if timed:
+        print(f"then: {timed / seconds:.0f} frames/s, the video encoder not counted")
     print(f"network passes a frame: {rollout.passes / chunk:g}")
 
 

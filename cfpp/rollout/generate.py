@@ -81,13 +81,13 @@ class Rollout(flax.struct.PyTreeNode):
     Attributes:
       network: the network; its pattern gives chunk, window and sink.
       sampler: noise levels and step.
-      guidance: weight of classifier-free guidance; 1 is none and costs half.
+      guidance: weight of classifier-free guidance; None is none and costs half.
       fused: whether the context pass rides on the next chunk's first step.
     """
 
     network: Network = flax.struct.field(pytree_node=False)
     sampler: Sampler
-    guidance: float = flax.struct.field(pytree_node=False, default=1.0)
+    guidance: float | None = None
     fused: bool = flax.struct.field(pytree_node=False, default=True)
 
     @property
@@ -129,8 +129,8 @@ class Rollout(flax.struct.PyTreeNode):
             )
         first = None if given or pattern.first_chunk == chunk else pattern.first_chunk
         self._check_slots(slots, max(given, pattern.sink) + (first or chunk))
-        text = self.network.text(params, self._both(condition, null))
-        cache = dit.cache(batch * (1 if self.guidance == 1.0 else 2), slots, pattern.sink)
+        text = self.encode_text(params, condition, null)
+        cache = dit.cache(batch * (1 if self.guidance is None else 2), slots, pattern.sink)
         stream = Stream(
             cache=cache,
             text=text,
@@ -149,6 +149,14 @@ class Rollout(flax.struct.PyTreeNode):
         return stream.replace(
             cache=cache.write(jnp.asarray(kept, jnp.int32), key, value), frame=np.int32(given)
         )
+
+    def encode_text(
+        self, params: Params, condition: Condition, null: Condition | None = None
+    ) -> Any:
+        """The text's keys and values as a stream has them; arguments as those of `start`."""
+        if self.guidance is not None:
+            condition = self.network.with_null(condition, null)
+        return self.network.text(params, condition)
 
     def next_chunk(self, params: Params, stream: Stream, *inputs) -> tuple[Stream, Chunk]:
         """`generate`, of the same arguments, and the context pass unless that will be fused."""
@@ -262,7 +270,7 @@ class Rollout(flax.struct.PyTreeNode):
         Raises:
           ValueError: the cache is too short for so many frames.
         """
-        params = self.network.gathered(params)
+        params = self.network.for_inference(params)
         if stream.first is not None:
             return self._unroll_first(params, stream, condition, noise, sigmas, last)
         actions = condition.get("actions")
@@ -341,12 +349,9 @@ class Rollout(flax.struct.PyTreeNode):
                 f"the cache has {slots} slots; a clip of {frames} frames needs {needed}"
             )
 
-    def _both(self, condition, null):
-        return condition if self.guidance == 1.0 else self.network.with_null(condition, null)
-
     def _evaluate(self, params, stream, x, sigma, frame, copy, actions):
         """Velocity `[B, ...]` and new keys and values of entries, guided on pairs."""
-        if self.guidance != 1.0:
+        if self.guidance is not None:
             x, sigma = twice((x, sigma))
             if actions is not None:
                 actions = self.network.with_null({"actions": actions})["actions"]
@@ -355,7 +360,7 @@ class Rollout(flax.struct.PyTreeNode):
         v, key_value = self.network.apply(
             params, x, sigma, frame, copy, actions, stream.text, stream.cache
         )
-        if self.guidance != 1.0:
+        if self.guidance is not None:
             v = guide_pairs(v, self.guidance)
         return v, key_value
 
@@ -383,31 +388,44 @@ def for_stage(
     config: ml_collections.ConfigDict,
     steps: int | None = None,
     first_steps: int | None = None,
+    guidance: float | None = None,
     fused: bool = True,
 ) -> Rollout:
     """The rollout that suits a stage's model: Euler for teachers, consistency for students.
 
     Args:
       network: the model's.
-      config: of the stage. Its guidance counts for a teacher; in a student it is distilled.
-      steps: of the sampler; None is `TEACHER_STEPS` for a teacher, and for a student see
-        `student_sampler`.
+      config: of the stage.
+      steps: of the sampler, at least 1; None is `TEACHER_STEPS` for a teacher, and for a student
+        see `student_sampler`.
       first_steps: of a student's first chunk; see there.
+      guidance: weight for a teacher, of whose config it is by default; in a student it is
+        distilled.
       fused: see the module's docstring.
 
     Raises:
       UserError: the stage's model cannot stream, or not like this.
     """
     network = network.without_unrolling()
+    for name, value in {"steps": steps, "first_steps": first_steps}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
     if config.stage == "bidirectional":
         raise UserError("a bidirectional model cannot stream; take one of stage 1, 2 or 3")
     if network.pattern.window is None:
-        raise UserError("the model's pattern has no window, which streaming in a cache needs")
-    if config.stage == "ar_diffusion":
-        if first_steps is not None:
-            raise UserError("a teacher takes as many steps for the first chunk as for the others")
-        return Rollout(network, euler(steps or TEACHER_STEPS, config.shift), config.guidance, fused)
-    return Rollout(network, student_sampler(config, steps, first_steps), fused=fused)
+        raise UserError(
+            "the model's pattern has no window, which streaming in a cache needs; give it one "
+            "(Network.attending, or --window)"
+        )
+    if config.stage != "ar_diffusion":
+        if guidance is not None:
+            raise UserError("in a student guidance is distilled; only a teacher takes another")
+        return Rollout(network, student_sampler(config, steps, first_steps), fused=fused)
+    if first_steps is not None:
+        raise UserError("a teacher takes as many steps for the first chunk as for the others")
+    weight = config.guidance if guidance is None else guidance
+    sampler = euler(steps or TEACHER_STEPS, config.shift)
+    return Rollout(network, sampler, None if weight == 1.0 else weight, fused)
 
 
 def chunk_ends(pattern: Pattern, given: int, frames: int) -> np.ndarray:

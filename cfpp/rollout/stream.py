@@ -1,6 +1,7 @@
 """Video without end: programs compiled once, the cache updated in place."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +20,21 @@ class Player:
         frames = player.play(actions)     # [B, chunk, H, W, C], as often as you like
 
     Memory and time a chunk do not grow. The frames are those of `Rollout.clip` with the same key,
-    and bytes or latents as those are that it starts from.
+    and bytes or latents as those are that it starts from. Sessions are players of their own, which
+    share the parameters and what is compiled; in each, one thread at a time.
 
     Args:
       rollout: the model's; its pattern's window bounds what is remembered.
-      params: parameters of the network.
+      params: parameters of the network, best from `Network.for_inference`. NumPy's arrays are
+        copied for each player.
       context: frames to start from, uint8 `[B, K, H, W, 3]` or float latents `[B, K, H, W, C]`; K
-        may be 0.
+        may be 0. (Floats are never scaled.)
       condition: actions of these, int32 `[B, K]`, and/or text.
       rng: a key.
+      null: text to guide away from; see `Network.with_null`.
 
     Raises:
-      ValueError: the pattern has no window.
+      ValueError: the pattern has no window; or an action of the given frames is missing or unknown.
     """
 
     def __init__(
@@ -40,17 +44,18 @@ class Player:
         context: np.ndarray,
         condition: Condition,
         rng: jax.Array,
+        null: Condition | None = None,
     ):
         self._rollout = rollout.after(context.shape[1])
         self._params = params = jax.tree.map(jnp.asarray, params)  # where they are NumPy's
-        self._rng = rng
+        self._rng, self._null = rng, null
         self._dtype = np.dtype(context.dtype)
-        self._stream = _start(self._rollout, params, jnp.asarray(context), condition)
-        devices = jax.tree.leaves(params)[0].devices()
-        if len(devices) == 1:
-            # An empty cache depends on no parameter, so JAX leaves open where it lives. Saying so
-            # now saves the second chunk from being compiled anew.
-            self._stream = jax.device_put(self._stream, *devices)
+        self._mesh = jax.sharding.get_mesh()  # which other threads do not have
+        if self._rollout.network.dit.num_actions:
+            given = self._actions(condition.get("actions"), context.shape[:2])
+            condition = condition | {"actions": given}
+        started = _start(self._rollout, params, jnp.asarray(context), condition, null)
+        self._stream = self._placed(started)
         self._schedule = 0  # the first chunk's, then 1
 
     @property
@@ -58,11 +63,11 @@ class Player:
         """Frames generated at once, next: a first chunk may be of another length than the rest."""
         return self._stream.first or self._rollout.network.pattern.chunk
 
-    def play(self, actions: np.ndarray) -> np.ndarray:
+    def play(self, actions: np.ndarray | None = None) -> np.ndarray:
         """Generates the next chunk.
 
         Args:
-          actions: int32 `[B, chunk]`.
+          actions: integers `[B, chunk]`; a model without actions needs none.
 
         Returns:
           `[B, chunk, H, W, C]`, of the type of the frames that the stream starts from.
@@ -70,8 +75,7 @@ class Player:
         Raises:
           ValueError: an action that the model does not know, or not one for each frame.
         """
-        self._check(actions)
-        actions = jnp.asarray(actions, jnp.int32)
+        actions = self._actions(actions, (self._stream.pending.shape[0], self.chunk))
         video = self._update(_generate, actions, self._rng, self._schedule, self._dtype)
         self._schedule = 1
         if not self._rollout.keeps(self._stream):
@@ -79,14 +83,39 @@ class Player:
             self._update(_context_pass)
         return np.asarray(video)
 
-    def _check(self, actions: np.ndarray) -> None:
-        """A wrong action would make the stream NaN for good, and a missing one count for all."""
-        given, wanted = np.asarray(actions), (self._stream.pending.shape[0], self.chunk)
-        if given.shape != wanted:
-            raise ValueError(f"actions are {list(given.shape)}, not {list(wanted)}")
+    def prompt(self, text: jax.Array) -> None:
+        """Changes the text, for the chunks to come.
+
+        Args:
+          text: embeddings `[B, length, text_dim]`. As many as before, or all is compiled anew.
+        """
+        condition = {"text": text}
+        with jax.set_mesh(self._mesh):
+            told = _encode_text(self._rollout, self._params, condition, self._null)
+        self._stream = self._stream.replace(text=self._placed(told))
+
+    def _actions(self, actions: np.ndarray | None, shape: tuple[int, int]) -> jax.Array:
+        """Checks: of an unknown action comes NaN, and a missing one would count for all."""
         known = self._rollout.network.dit.num_actions
-        if known and not 0 <= given.min() <= given.max() < known:
+        if actions is None:
+            actions = np.zeros((shape[0], 0) if known else shape, np.int32)
+        given = np.asarray(actions)
+        if given.shape != shape:
+            raise ValueError(f"actions are {list(given.shape)}, not {list(shape)}")
+        if given.size and not np.issubdtype(given.dtype, np.integer):
+            raise ValueError(f"actions are integers, got {given.dtype}")
+        if known and given.size and not 0 <= given.min() <= given.max() < known:
             raise ValueError(f"actions are 0 to {known - 1}, got {given.min()} to {given.max()}")
+        return jnp.asarray(given, jnp.int32)
+
+    def _placed(self, tree: Any) -> Any:
+        """On the parameters' device, if that is one, for good.
+
+        Of what depends on no committed array JAX leaves open where it lives, and compiles anew for
+        what comes back.
+        """
+        devices = jax.tree.leaves(self._params)[0].devices()
+        return jax.device_put(tree, *devices) if len(devices) == 1 else tree
 
     def wait(self) -> None:
         """Waits until nothing runs any more: a context pass of its own outlasts `play`."""
@@ -95,15 +124,29 @@ class Player:
     def _update(self, program, *arguments):
         """Runs a program that updates the stream, with its cache in place."""
         rest = self._stream.replace(cache=None)
-        self._stream, out = program(
-            self._rollout, self._params, self._stream.cache, rest, *arguments
-        )
+        with jax.set_mesh(self._mesh):
+            self._stream, out = program(
+                self._rollout, self._params, self._stream.cache, rest, *arguments
+            )
         return out
 
 
 @jax.jit
-def _start(rollout: Rollout, params: Params, context: jax.Array, condition: Condition) -> Stream:
-    return rollout.start(params, codec.encode(context), condition)
+def _start(
+    rollout: Rollout,
+    params: Params,
+    context: jax.Array,
+    condition: Condition,
+    null: Condition | None,
+) -> Stream:
+    return rollout.start(params, codec.encode(context), condition, null=null)
+
+
+@jax.jit
+def _encode_text(
+    rollout: Rollout, params: Params, condition: Condition, null: Condition | None
+) -> Any:
+    return rollout.encode_text(params, condition, null)
 
 
 @functools.partial(jax.jit, donate_argnums=2, static_argnums=7)

@@ -6,6 +6,7 @@ import ml_collections
 
 from cfpp.stages.stage import Parent, Stage, State, check_choice
 
+# The first samples whole clips, the second causally in many steps, and all others in few.
 STAGES = ("bidirectional", "ar_diffusion", "consistency", "ode", "dmd")
 
 __all__ = ["STAGES", "Parent", "Stage", "State", "build"]

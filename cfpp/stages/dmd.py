@@ -27,7 +27,7 @@ import numpy as np
 from cfpp import flow
 from cfpp.attention.cache import Cache
 from cfpp.models.dit import HISTORY_GRADIENTS
-from cfpp.models.network import Condition, Network, Params, of_frames
+from cfpp.models.network import Condition, Network, Params, cast_products, of_frames
 from cfpp.rollout.generate import Noise, Rollout, chunk_ends, gaussian_noise
 from cfpp.rollout.sampler import Sampler, student_sampler
 from cfpp.stages.stage import (
@@ -40,7 +40,6 @@ from cfpp.stages.stage import (
     check_sigma_range,
     descend,
     draw_sigma,
-    freeze,
     inherit,
     optimizer,
     unpack,
@@ -209,7 +208,7 @@ def build(config) -> Stage:
             params={"model": params, "critic": critic},
             optimizer={"model": transform.init(params), "critic": critic_transform.init(critic)},
             ema=params,
-            frozen={"real": freeze(real, config.frozen_dtype)},
+            frozen={"real": cast_products(real, config.frozen_dtype)},
         )
 
     def score(network, params, x, condition, guidance=1.0):

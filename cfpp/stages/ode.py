@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfpp import flow
-from cfpp.models.network import Network
+from cfpp.models.network import Network, cast_products
 from cfpp.stages.stage import (
     FLOATS,
     Parent,
@@ -24,7 +24,6 @@ from cfpp.stages.stage import (
     advance,
     check_choice,
     descend,
-    freeze,
     inherit,
     optimizer,
     repeat_draws,
@@ -84,7 +83,7 @@ def build(config) -> Stage:
 
     def init(rng, parents):
         params = inherit(network.init(rng), parents["teacher"])
-        return start(params, transform, {"teacher": freeze(params, config.frozen_dtype)})
+        return start(params, transform, {"teacher": cast_products(params, config.frozen_dtype)})
 
     def step(state, batch, rng):
         clean, condition = unpack(batch)

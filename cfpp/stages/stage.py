@@ -13,7 +13,7 @@ import optax
 from cfpp import flow
 from cfpp.attention.pattern import Pattern
 from cfpp.models import codec, shapes
-from cfpp.models.network import Condition, Params, is_product
+from cfpp.models.network import Condition, Params
 
 Metrics = dict[str, jax.Array]
 
@@ -110,15 +110,6 @@ def inherit(template: Params, parent: Params | None) -> Params:
         return template
     shapes.check(nn.meta.unbox(template), parent, "the parent")
     return nn.meta.replace_boxed(template, parent)
-
-
-def freeze(params: Params, dtype: str) -> Params:
-    """Parameters of a network that only lends its output, matrices in `config.frozen_dtype`.
-
-    Where that is the network's own dtype, the output stays the same: see `is_product`.
-    """
-    cast = lambda path, x: x.astype(dtype) if is_product(path) else x
-    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def optimizer(

@@ -159,7 +159,7 @@ def is_finished(workdir: epath.PathLike, last_step: int) -> bool:
     """
     checkpoints = epath.Path(workdir) / "checkpoints"
     is_intact = last_step in items.steps(checkpoints)
-    if is_intact:
+    if is_intact and hosts.is_first():  # one reads for all: a machine may run many
         try:
             items.read_model(checkpoints / str(last_step), items.host_memory())
         except (items.DamageError, items.NotNowError):

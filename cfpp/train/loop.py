@@ -160,16 +160,19 @@ def programs_of(
 
 
 def announce(state: Any, progress: metrics.Progress, writer: metrics.Writer) -> None:
-    """Tells the size of the networks, and where the run goes on."""
+    """Tells the size of the networks, on which devices they are, and where the run goes on."""
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     logging.info("parameters:\n%s", overview)
     step = int(state.step)
     writer.write_texts(step, {"parameters": f"```\n{overview}\n```"})
     sizes = {name: parameter_overview.count_parameters(tree) for name, tree in state.params.items()}
     networks = ", ".join(f"{name} of {size:,} parameters" for name, size in sizes.items())
-    progress.say(
-        f"{progress.name}: {networks}" + (f"; continuing from step {step}" if step else "")
-    )
+    device_mesh = state.step.sharding.mesh
+    axes = ", ".join(f"{axis}={size}" for axis, size in device_mesh.shape.items() if size > 1)
+    devices = f"{device_mesh.size} x {device_mesh.devices.flat[0].device_kind}"
+    where = f"{devices} ({axes})" if axes else devices
+    going_on = f"; continuing from step {step}" if step else ""
+    progress.say(f"{progress.name}: {networks}, on {where}{going_on}")
 
 
 def profiler_of_steps(workdir: epath.Path, start: int, steps: int) -> Callable[[int], Any]:

@@ -115,6 +115,8 @@ def find(path: epath.PathLike) -> Stored:
             )
         return find(last)
     if not (path / items.MODEL).exists() and not items.steps(path / "checkpoints"):
+        if (path / items.FINGERPRINT).exists():
+            raise UserError(f"{path} is damaged (its parameters are missing); export it again")
         raise UserError(f"{path} has no checkpoint yet; train it first")
     return Stored(path, config)
 
@@ -129,12 +131,17 @@ def needed(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 def export(path: epath.PathLike, out: epath.PathLike) -> None:
     """Writes the model of `path` and its configuration to the new folder `out`.
 
+    Its kernels (`config.model.attention`) are those of the machine that it was trained on, and
+    'auto' in the export.
+
     Raises:
       UserError: `out` exists, cannot be written, or there is no model.
     """
     _refuse_existing(out)
     model = find(path)
-    _write(model.config, model.load(items.host_memory()), out)
+    config = model.config.copy_and_resolve_references().unlock()
+    config.model.attention = "auto"
+    _write(config, model.load(items.host_memory()), out)
 
 
 def write(config: ml_collections.ConfigDict, params: Params, out: epath.PathLike) -> None:
@@ -157,7 +164,7 @@ def write(config: ml_collections.ConfigDict, params: Params, out: epath.PathLike
 
 def _refuse_existing(out: epath.PathLike) -> None:
     if epath.Path(out).exists():
-        raise UserError(f"{out} exists and is not overwritten; choose another --out")
+        raise UserError(f"{out} exists and is not overwritten; choose another folder")
 
 
 def _write(config: ml_collections.ConfigDict, params: Params, out: epath.PathLike) -> None:

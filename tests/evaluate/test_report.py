@@ -89,6 +89,11 @@ def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
     partial = results | {"jobs": results["jobs"][:-1]}  # evaluated before the last stage was there
     (folder / "results.json").write_text(json.dumps(partial))
     assert not job.is_reported(config, workdir)
+    stage = config.copy_and_resolve_references().unlock()
+    del stage.jobs  # a single one may have an evaluation too
+    single = results | {"jobs": [{"name": workdir.name}]}
+    (folder / "results.json").write_text(json.dumps(single))
+    assert job.is_reported(stage, workdir) and not job.is_reported(config, workdir)
     (folder / "results.json").write_text(json.dumps(results))
     assert job.is_reported(config, workdir)
     with config.unlocked():

@@ -5,7 +5,10 @@ import json
 import math
 import subprocess
 import sys
+import types
 
+import flax.linen as nn
+import jax
 import ml_collections
 import pytest
 from jax.sharding import AbstractMesh
@@ -201,6 +204,27 @@ def test_what_a_mesh_does_not_divide(sizes, message):
     config.init_from.critic = "runs/critic"
     with pytest.raises(UserError, match=message):
         program.create(stages.build(config), config, {}, AbstractMesh(sizes, mesh.AXES))
+
+
+def test_slices_divide_the_data_axis():
+    chips = [
+        types.SimpleNamespace(
+            id=8 * slice + 2 * y + x, platform="tpu", device_kind="TPU v4", process_index=0,
+            slice_index=slice, coords=(x, y, 0), core_on_chip=0,
+        )
+        for slice, y, x in itertools.product(range(2), range(2), range(2))
+    ]  # fmt: skip
+    placed = mesh.create({"data": -1, "fsdp": 2, "context": 1, "tensor": 1}, chips).devices
+    assert placed.shape == (4, 2, 1, 1)
+    assert [{chip.slice_index for chip in row.flat} for row in placed] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(UserError, match=r"mesh\.data is 1; it must be a multiple of the 2 slices"):
+        mesh.create({"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, chips)
+
+
+def test_an_axis_without_a_place():
+    box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((4, 4), "float32"), ("embd", "mlp"))
+    with pytest.raises(ValueError, match="STORED does not know"):
+        mesh.state_shardings({"kernel": box}, AbstractMesh((1, 1, 1, 1), mesh.AXES))
 
 
 @pytest.mark.parametrize(
