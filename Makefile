@@ -1,6 +1,6 @@
 # make quickstart   set up, then train and evaluate a small model on the CPU
 # make test         set up, then lint and test
-# make test-slow    the tests that take minutes each
+# make test-all     the same, and the tests that take minutes each
 # make install      set up only: .venv with the pinned dependencies and this package
 # PYTHON=python3.12 before any of these chooses the interpreter (3.11 or newer).
 #
@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/installed
 TESTABLE := $(VENV)/testable
 LIBTPU := $(VENV)/libtpu
 
-.PHONY: install quickstart test test-slow lint
+.PHONY: install quickstart test test-all lint
 
 install: $(INSTALLED)
 
@@ -28,8 +28,8 @@ quickstart: $(INSTALLED)
 test: lint $(LIBTPU)/installed
 	$(PYTEST) -m "not slow"
 
-test-slow: $(TESTABLE) $(LIBTPU)/installed
-	$(PYTEST) -m slow
+test-all: lint $(LIBTPU)/installed
+	$(PYTEST)
 
 lint: $(TESTABLE)
 	$(BIN)/ruff check .

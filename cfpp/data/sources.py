@@ -143,9 +143,8 @@ def check(data_config: ml_collections.ConfigDict) -> None:
             "config.data.name is empty: no data source gives latents and texts yet; "
             "python -m cfpp.aot compiles such a job without data"
         )
-    if data_config.name.startswith("tfds:"):
-        return
-    if not _recording(data_config).directory.exists():
+    recorded = _recording(data_config)
+    if recorded and not recorded.directory.exists():
         actions = num_actions(data_config.name)
         if data_config.num_actions not in (0, actions):  # 0: of a model that takes none
             raise UserError(
@@ -166,20 +165,19 @@ def prepare(data_config: ml_collections.ConfigDict) -> None:
       UserError: if the dataset cannot be had, or is not what the configuration says.
     """
     check(data_config)
-    if not data_config.name.startswith("tfds:"):
-        recorded = _recording(data_config)
-        if not recorded.directory.exists():
-            _record(data_config, recorded)
+    recorded = _recording(data_config)
+    if recorded and not recorded.directory.exists():
+        _record(data_config, recorded)
     for split in ("train", "test"):
         check_length(data_config, open_split(data_config, split)[0], f"the first {split} episode")
 
 
 def recorded_clips(data_config: ml_collections.ConfigDict, frames: int) -> int | None:
     """How many held-out clips a recording has or will have; None of a dataset made elsewhere."""
-    if data_config.name.startswith("tfds:"):
+    recorded = _recording(data_config)
+    if recorded is None:
         return None
-    config = _recording(data_config).config
-    return config.split_sizes()["test"] * (config.episode_frames // frames)
+    return recorded.config.split_sizes()["test"] * (recorded.config.episode_frames // frames)
 
 
 def open_split(data_config: ml_collections.ConfigDict, split: str) -> Episodes:
@@ -198,16 +196,16 @@ def open_split(data_config: ml_collections.ConfigDict, split: str) -> Episodes:
     Raises:
       UserError: if the dataset is missing or cannot be read.
     """
-    if data_config.name.startswith("tfds:"):
+    recorded = _recording(data_config)
+    if recorded is None:
         dataset = _find_dataset(data_config)
+    elif recorded.directory.exists():
+        dataset = _open_dataset(recorded.directory)
     else:
-        directory = _recording(data_config).directory
-        if not directory.exists():
-            raise MissingError(
-                f"{data_config.name} is not recorded in {directory}; "
-                "run python -m cfpp.data.prepare"
-            )
-        dataset = _open_dataset(directory)
+        raise MissingError(
+            f"{data_config.name} is not recorded in {recorded.directory}; "
+            "run python -m cfpp.data.prepare"
+        )
     splits = dataset.info.splits
     if "train" not in splits:
         raise UserError(
@@ -269,12 +267,14 @@ class _Recording(NamedTuple):
     directory: Path
 
 
-def _recording(data_config: ml_collections.ConfigDict) -> _Recording:
-    """The recording of the configured arena or game.
+def _recording(data_config: ml_collections.ConfigDict) -> _Recording | None:
+    """The recording of the configured arena or game; None of a dataset made elsewhere.
 
     Raises:
-      UserError: no recording is configured, or none that can be made.
+      UserError: there is no such source, or no such recording can be made.
     """
+    if data_config.name.startswith("tfds:"):
+        return None
     for field in ("episodes", "episode_frames", "height", "width"):
         if data_config[field] < 1:
             raise UserError(f"data.{field} is {data_config[field]}; give at least 1")

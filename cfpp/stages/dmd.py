@@ -246,10 +246,7 @@ def build(config) -> Stage:
             return jnp.mean(value, where=generated)
 
         inputs = x0, condition, drawn
-        state, metrics = descend(
-            state, "critic", critic_transform, mean_loss, inputs, config.accumulate
-        )
-        return state, metrics["loss"]
+        return descend(state, "critic", critic_transform, mean_loss, inputs, config.accumulate)
 
     def train_student(state, x0, condition, rng):
         last, drawn = draw(rng, x0)
@@ -272,9 +269,9 @@ def build(config) -> Stage:
         x0, condition = unpack(batch)
         rngs = jax.random.split(rng, 1 + config.critic_steps)
         critic_step = lambda state, rng: train_critic(state, x0, condition, rng)
-        state, critic_loss = jax.lax.scan(critic_step, state, rngs[1:])
+        state, critic = jax.lax.scan(critic_step, state, rngs[1:])
         state, metrics = train_student(state, x0, condition, rngs[0])
-        return state, metrics | {"critic_loss": jnp.mean(critic_loss)}
+        return state, metrics | {f"critic_{name}": jnp.mean(x) for name, x in critic.items()}
 
     origin = {"bidirectional": "bidirectional", "causal": "ar_diffusion"}[config.real_score]
     parents = {

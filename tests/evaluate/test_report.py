@@ -259,9 +259,11 @@ def test_report_that_cannot_be_written(workdir, monkeypatch):
 # ---------------------------------------------------------------------------------------- models
 
 
-def store(monkeypatch, config, params):
-    """Makes that the model of every work directory."""
+def store(monkeypatch, config, params=None):
+    """Makes that the model of every work directory; by default nothing is ever asked of it."""
     network = Network.create(config.model, config.pattern)
+    if params is None:
+        monkeypatch.setattr(Network, "for_inference", lambda network, params: params)
     model = types.SimpleNamespace(network=lambda: network, config=config, load=lambda: params)
     monkeypatch.setattr(stored, "find", lambda path: model)
 
@@ -296,7 +298,7 @@ def test_an_undistilled_teacher_takes_the_schedule_of_its_student(monkeypatch):
     teacher, student = stage1.get_config("smoke"), stage2.get_config("smoke")
     teacher.shift, student.positions = 3.0, (1000.0, 125.0)
     teacher.guidance = 2.0  # which a student has distilled
-    store(monkeypatch, teacher, {})
+    store(monkeypatch, teacher)
     folders = pathlib.Path("stage1"), pathlib.Path("stage2")
     for trained, levels in (
         ([teacher], [1, 0.75]),  # 3 sigma / (1 + 2 sigma) at a half
@@ -312,7 +314,7 @@ def test_an_undistilled_teacher_takes_the_schedule_of_its_student(monkeypatch):
 def test_a_base_of_single_frames_continues_none(monkeypatch):
     config = common.base("bidirectional", common.parse("smoke"))
     config.data.frames = 1
-    store(monkeypatch, config, {})
+    store(monkeypatch, config)
     (row,) = models.find_rows({pathlib.Path("x"): config})
     with pytest.raises(UserError, match=r"^x has learned single frames and can continue none$"):
         models.load([row])

@@ -1,11 +1,11 @@
 """Sharded steps, on 8 virtual devices in a process of their own."""
 
+import dataclasses
 import itertools
 import json
 import math
 import subprocess
 import sys
-import types
 
 import flax.linen as nn
 import jax
@@ -206,14 +206,24 @@ def test_what_a_mesh_does_not_divide(sizes, message):
         program.create(stages.build(config), config, {}, AbstractMesh(sizes, mesh.AXES))
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh is made of."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+
+
 def test_slices_divide_the_data_axis():
     chips = [
-        types.SimpleNamespace(
-            id=8 * slice + 2 * y + x, platform="tpu", device_kind="TPU v4", process_index=0,
-            slice_index=slice, coords=(x, y, 0), core_on_chip=0,
-        )
+        Chip(id=4 * slice + 2 * y + x, slice_index=slice, coords=(x, y, 0))
         for slice, y, x in itertools.product(range(2), range(2), range(2))
-    ]  # fmt: skip
+    ]
     placed = mesh.create({"data": -1, "fsdp": 2, "context": 1, "tensor": 1}, chips).devices
     assert placed.shape == (4, 2, 1, 1)
     assert [{chip.slice_index for chip in row.flat} for row in placed] == [{0}, {0}, {1}, {1}]
