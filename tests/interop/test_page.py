@@ -25,6 +25,7 @@ from tests import tiny
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "interop.md"
 LINES = re.findall(r"^\| ([^|]+) \| `([^`]+)` \|$", PAGE.read_text(), re.MULTILINE)
+PARENT, STREAM = re.findall(r"```python\n(.+?)```", PAGE.read_text(), re.DOTALL)
 FRAMES, CHUNKS = 6, 2
 
 
@@ -79,8 +80,7 @@ def test_its_program_writes_a_parent(tmp_path, monkeypatch):
     params = nn.meta.unbox(jax.jit(net.init)(jax.random.key(0)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage0, "get_config", lambda arg: config.copy_and_resolve_references())
-    program = re.search(r"```python\n(.+?)```", PAGE.read_text(), re.DOTALL).group(1)
-    exec(program, {"weights": wan.to_wan(params, config.model.patch)})
+    exec(PARENT, {"weights": wan.to_wan(params, config.model.patch)})
     written = stored.find("runs/wan")
     found = written.load()
     assert written.config.stage == config.stage
@@ -90,3 +90,17 @@ def test_its_program_writes_a_parent(tmp_path, monkeypatch):
     config.model.layers = 3
     with pytest.raises(UserError, match="the given network is of another model: parameter blocks"):
         stored.write(config, params, "runs/other")
+
+
+def test_its_program_streams(monkeypatch):
+    """With a tiny network, whose heads are as wide as Wan's, in the public code's names."""
+    torch = pytest.importorskip("torch")
+    net = tiny.network(dim=128, heads=1, num_actions=0, text_dim=5)
+    weights = wan.to_wan(tiny.params(net), net.dit.patch)
+    found = {f"model.{name}": torch.from_numpy(x) for name, x in weights.items()}
+    monkeypatch.setattr(torch, "load", lambda path, map_location: {"generator_ema": found})
+    size = f"height, width = {net.dit.height}, {net.dit.width}"
+    names = {"text": np.zeros((1, 4, 5)), "other_text": np.ones((1, 4, 5))}
+    exec(STREAM.replace("height, width = 60, 104", size), names)
+    assert names["latents"].shape == (1, 1, net.dit.height, net.dit.width, net.dit.channels)
+    assert np.isfinite(names["latents"]).all()
