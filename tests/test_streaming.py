@@ -142,9 +142,9 @@ def frames(*arguments):
 class Noted(stream.Player):
     def __init__(self, rollout, params, *rest):
         axes.update(axis for x in jax.tree.leaves(params) for axis in x.sharding.spec)
-        super().__init__(rollout, params, *rest)
+        pool.submit(super().__init__, rollout, params, *rest).result()
 
-    def play(self, actions):  # from another thread than the one that has set the mesh
+    def play(self, actions):  # in another thread than the one that has set the mesh
         return pool.submit(super().play, actions).result()
 
 alone = frames()
@@ -332,6 +332,8 @@ def test_a_prompt_counts_from_the_next_chunk_on():
     frames = {name: player.play() for name, player in players.items()}
     np.testing.assert_array_equal(frames["changed"], frames["other"])
     assert np.abs(frames["one"] - frames["other"]).max() > 1e-3
+    with pytest.raises(ValueError, match=r"a text is \[2, 3, 4\], not \[1, length, 4\]"):
+        players["one"].prompt(jnp.zeros((2, 3, 4)))
     stronger = rollout.replace(guidance=3.0)
     Player(stronger, params, given, {"text": one}, key, {"text": null}).play()
     assert stream_module._generate._cache_size() == programs + 1  # any weight shares it
@@ -355,6 +357,8 @@ def test_the_model_runs_as_asked(workdir, tmp_path):
     flags = ["--window=5", "--sink=2", "--guidance=3", "--attention=reference", "--steps=2"]
     with pytest.raises(UserError, match=r"--guidance: .* was trained with config\.drop_rate=0"):
         stream(workdir, *flags)
+    none = command.parse([f"--workdir={workdir}", "--guidance=1"])
+    assert command.load(none)[0].guidance is None
     folder = shutil.copytree(workdir, tmp_path / "dropped")
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"drop_rate": 0.1}))
@@ -391,6 +395,7 @@ def test_actions_are_read_and_repeated():
         (["--seed=-1"], "--seed is -1"),
         (["--guidance=101"], "--guidance is 101; it must be 0 to 100"),
         (["--window=2", "--sink=2"], "--window, --sink: a window of 2 frames cannot hold a sink"),
+        (["--window=3", "--sink=2"], r"pattern.window is 3: .* no chunk sees the frame before it"),
         (["--first_frame=nowhere.png"], "nowhere.png"),
         (["--out=/proc/x.mp4"], "/proc/x.mp4"),
         (["--out=x.gif"], "--out=x.gif: the video is an MP4; give a name that ends in .mp4"),

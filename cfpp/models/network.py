@@ -148,11 +148,15 @@ class Network:
     def for_inference(self, params: Params) -> Params:
         """Parameters as every pass uses them, for many passes without a gradient.
 
-        Matrices of the blocks are in `dit.dtype`, and gathered from where a mesh stores them. Each
-        pass would do both anew, layer by layer; the output stays the same.
+        Matrices of the blocks are in `dit.dtype`; on a mesh all are gathered, so that only its
+        tensor axis still divides them. Each pass would do both anew, layer by layer; the output
+        stays the same. Until the given ones are let go there is memory for both.
         """
+        params = cast_products(params, self.dit.dtype)
+        if mesh.ambient() is None:
+            return params
         place = lambda array, box: mesh.constrain(array, *box.names)
-        return jax.tree.map(place, cast_products(params, self.dit.dtype), self.shapes())
+        return jax.tree.map(place, params, self.shapes())
 
     def null(self, condition: Condition) -> Condition:
         """The condition that stands for none: the extra action, text embeddings of zero."""

@@ -64,7 +64,8 @@ def create(config: Mapping[str, int], devices: Sequence[jax.Device] | None = Non
       devices: all there are, by default.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or data to that of slices.
+      UserError: the sizes do not multiply to the number of devices, or data is no multiple of the
+        number of slices.
     """
     wanted, devices = [config[axis] for axis in AXES], devices or jax.devices()
     shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, wanted, strict=True))

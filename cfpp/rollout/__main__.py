@@ -32,7 +32,7 @@ from cfpp.train import checks, stored
 FRAMES_PER_SECOND = 8  # of the video file
 LONGEST_HOLD = 6  # frames that a random action is held
 LONGEST_ACTIONS = 10**6  # frames that a given action is held, at most
-LIMITS = {"frames": 10**9, "steps": 1000, "first_steps": 1000, "window": 10**6, "scale": 64}
+LIMITS = {"frames": 10**9, "steps": 1000, "first_steps": 1000, "window": 10**4, "scale": 64}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -66,8 +66,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--cache_dtype", choices=sorted(LARGEST_VALUES), help="hold keys and values in 8 bits"
     )
+    kernels = [name for name, kernel in IMPLEMENTATIONS.items() if kernel.cached]
     parser.add_argument(
-        "--attention", choices=("auto", *IMPLEMENTATIONS), help="kernels; default: as trained"
+        "--attention", choices=("auto", *kernels), help="kernels; default: the model's own"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=int, default=8, help="enlargement of the video")
@@ -134,8 +135,10 @@ def first_frames(
     return np.zeros((1, 0, height, width, 3), np.uint8), np.zeros((1, 0), np.int32)
 
 
-def load(options: argparse.Namespace) -> tuple[Network, ml_collections.ConfigDict, Params]:
-    """The network as it is to run, its stage's configuration, and the parameters.
+def load(
+    options: argparse.Namespace,
+) -> tuple[generate.Rollout, ml_collections.ConfigDict, Params]:
+    """The rollout that is asked for, its stage's configuration, and the parameters.
 
     These are laid out over the devices of the ambient mesh if there is one.
 
@@ -152,7 +155,17 @@ def load(options: argparse.Namespace) -> tuple[Network, ml_collections.ConfigDic
             f"{path} is a model of {'text' if dit.text_dim else 'latents'}; this program streams "
             "RGB pixels from actions, and cfpp.rollout.stream.Player all others"
         )
-    if options.guidance is not None:
+    rollout = generate.for_stage(
+        network,
+        config,
+        options.steps,
+        options.first_steps,
+        guidance=options.guidance,
+        fused=not options.latency,
+    )
+    if options.guidance not in (None, 1.0):
+        if not dit.num_actions:
+            raise UserError(f"--guidance: the model of {path} takes no actions to be guided by")
         if checks.is_untaught(config, lambda parent: stored.find(parent).config):
             raise UserError(
                 f"--guidance: {path} was trained with config.drop_rate=0 and knows no "
@@ -163,14 +176,14 @@ def load(options: argparse.Namespace) -> tuple[Network, ml_collections.ConfigDic
         device_mesh = jax.sharding.get_mesh()
         mesh.check(device_mesh, config.model)
         sharding = mesh.state_shardings(network.shapes(), device_mesh)
-    return network, config, network.for_inference(model.load(sharding))
+    return rollout, config, network.for_inference(model.load(sharding))
 
 
 def as_asked(options: argparse.Namespace, network: Network) -> Network:
     """The network with the pattern, the cache and the kernels that the command line asks for.
 
     Raises:
-      UserError: the pattern's sizes do not fit one another.
+      UserError: the pattern's sizes do not fit one another, or leave no frame to look back on.
     """
     given = lambda *names: {
         name: value for name in names if (value := getattr(options, name)) is not None
@@ -179,6 +192,7 @@ def as_asked(options: argparse.Namespace, network: Network) -> Network:
         network = network.attending(**given("window", "sink"))
     except ValueError as error:
         raise UserError(f"--window, --sink: {error}") from error
+    checks.check_history(network.pattern)
     return network.clone(**given("cache_dtype", "attention"))
 
 
@@ -225,11 +239,8 @@ def run(options: argparse.Namespace) -> None:
 
 def stream(options: argparse.Namespace) -> None:
     """Streams on the devices of the ambient mesh, or on one; see `run`."""
-    network, config, params = load(options)
-    rollout = generate.for_stage(
-        network, config, options.steps, options.first_steps, options.guidance, not options.latency
-    )
-    actions = steering(options, network.dit.num_actions)
+    rollout, config, params = load(options)
+    actions = steering(options, rollout.network.dit.num_actions)
     context, given = first_frames(options, config)
     key = jax.random.key(options.seed)
     player = lambda: Player(rollout, params, context, {"actions": given}, key)

@@ -81,7 +81,8 @@ class Rollout(flax.struct.PyTreeNode):
     Attributes:
       network: the network; its pattern gives chunk, window and sink.
       sampler: noise levels and step.
-      guidance: weight of classifier-free guidance; None is none and costs half.
+      guidance: weight of classifier-free guidance; None is none and costs half (1 is none too, at
+        the full cost).
       fused: whether the context pass rides on the next chunk's first step.
     """
 
@@ -388,6 +389,7 @@ def for_stage(
     config: ml_collections.ConfigDict,
     steps: int | None = None,
     first_steps: int | None = None,
+    *,
     guidance: float | None = None,
     fused: bool = True,
 ) -> Rollout:

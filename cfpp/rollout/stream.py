@@ -1,5 +1,6 @@
 """Video without end: programs compiled once, the cache updated in place."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -31,7 +32,7 @@ class Player:
         may be 0. (Floats are never scaled.)
       condition: actions of these, int32 `[B, K]`, and/or text.
       rng: a key.
-      null: text to guide away from; see `Network.with_null`.
+      null: what to guide away from, `{"text": ...}`; see `Network.with_null`.
 
     Raises:
       ValueError: the pattern has no window; or an action of the given frames is missing or unknown.
@@ -50,11 +51,11 @@ class Player:
         self._params = params = jax.tree.map(jnp.asarray, params)  # where they are NumPy's
         self._rng, self._null = rng, null
         self._dtype = np.dtype(context.dtype)
-        self._mesh = jax.sharding.get_mesh()  # which other threads do not have
         if self._rollout.network.dit.num_actions:
             given = self._actions(condition.get("actions"), context.shape[:2])
             condition = condition | {"actions": given}
-        started = _start(self._rollout, params, jnp.asarray(context), condition, null)
+        with self._ambient():
+            started = _start(self._rollout, params, jnp.asarray(context), condition, null)
         self._stream = self._placed(started)
         self._schedule = 0  # the first chunk's, then 1
 
@@ -86,16 +87,25 @@ class Player:
     def prompt(self, text: jax.Array) -> None:
         """Changes the text, for the chunks to come.
 
+        The last chunk before them is remembered under the new text too, where its context pass
+        rides on their first step (`Rollout.fused`).
+
         Args:
           text: embeddings `[B, length, text_dim]`. As many as before, or all is compiled anew.
+
+        Raises:
+          ValueError: it is of another shape, or the model has no text.
         """
+        batch, text_dim = self._stream.pending.shape[0], self._rollout.network.dit.text_dim
+        if text.ndim != 3 or text.shape[::2] != (batch, text_dim):
+            raise ValueError(f"a text is {list(text.shape)}, not [{batch}, length, {text_dim}]")
         condition = {"text": text}
-        with jax.set_mesh(self._mesh):
+        with self._ambient():
             told = _encode_text(self._rollout, self._params, condition, self._null)
         self._stream = self._stream.replace(text=self._placed(told))
 
     def _actions(self, actions: np.ndarray | None, shape: tuple[int, int]) -> jax.Array:
-        """Checks: of an unknown action comes NaN, and a missing one would count for all."""
+        """Checked actions: an unknown one would make NaN, and a missing one would count for all."""
         known = self._rollout.network.dit.num_actions
         if actions is None:
             actions = np.zeros((shape[0], 0) if known else shape, np.int32)
@@ -109,13 +119,18 @@ class Player:
         return jnp.asarray(given, jnp.int32)
 
     def _placed(self, tree: Any) -> Any:
-        """On the parameters' device, if that is one, for good.
+        """The same, said to live on the parameters' device, if that is one.
 
-        Of what depends on no committed array JAX leaves open where it lives, and compiles anew for
-        what comes back.
+        An empty cache, or a text, may depend on no array whose place is settled, so JAX leaves
+        theirs open too. Saying it now saves the next chunk from being compiled anew.
         """
         devices = jax.tree.leaves(self._params)[0].devices()
         return jax.device_put(tree, *devices) if len(devices) == 1 else tree
+
+    def _ambient(self) -> contextlib.AbstractContextManager:
+        """The mesh on which the parameters lie, whichever thread this is."""
+        mesh = getattr(jax.tree.leaves(self._params)[0].sharding, "mesh", None)
+        return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
 
     def wait(self) -> None:
         """Waits until nothing runs any more: a context pass of its own outlasts `play`."""
@@ -124,7 +139,7 @@ class Player:
     def _update(self, program, *arguments):
         """Runs a program that updates the stream, with its cache in place."""
         rest = self._stream.replace(cache=None)
-        with jax.set_mesh(self._mesh):
+        with self._ambient():
             self._stream, out = program(
                 self._rollout, self._params, self._stream.cache, rest, *arguments
             )

@@ -164,4 +164,5 @@ def is_finished(workdir: epath.PathLike, last_step: int) -> bool:
             items.read_model(checkpoints / str(last_step), items.host_memory())
         except (items.DamageError, items.NotNowError):
             is_intact = False
+    hosts.meet("looked for what has finished")  # before a collective, which would give up
     return items.everywhere(is_intact)

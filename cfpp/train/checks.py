@@ -108,7 +108,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             "config.model.dtype is float16, in which small gradients become 0; train in bfloat16"
         )
-    chunk, window, sink = config.pattern.chunk, config.pattern.window, config.pattern.sink
+    chunk, window = config.pattern.chunk, config.pattern.window
     is_causal = config.stage != "bidirectional"
     if is_causal and chunk is None:
         raise UserError(
@@ -119,11 +119,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             "config.pattern.window is None, but sample videos are streamed in a window; give one, "
             "or set config.sample_every=0"
         )
-    if is_causal and window is not None and window <= sink + chunk:
-        raise UserError(
-            f"config.pattern.window is {window}: with a sink of {sink} and chunks of {chunk} "
-            f"frames no chunk sees the frame before it; give at least {sink + chunk + 1}"
-        )
+    if is_causal:
+        check_history(config.pattern)
     first = config.pattern.first_chunk or chunk
     if is_causal and config.data.frames <= first:
         raise UserError(
@@ -158,6 +155,20 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"config.data.frames is {config.data.frames}, but episodes have "
             f"{config.data.episode_frames} frames (config.data.episode_frames); give fewer"
+        )
+
+
+def check_history(pattern: Pattern | ml_collections.ConfigDict) -> None:
+    """Checks that the window of a causal pattern, if it has one, holds more than a chunk.
+
+    Raises:
+      UserError: it does not.
+    """
+    chunk, window, sink = pattern.chunk, pattern.window, pattern.sink
+    if window is not None and window <= sink + chunk:
+        raise UserError(
+            f"pattern.window is {window}: with a sink of {sink} and chunks of {chunk} "
+            f"frames no chunk sees the frame before it; give at least {sink + chunk + 1}"
         )
 
 

@@ -73,7 +73,7 @@ def train(
 
         writer = stack.enter_context(contextlib.closing(metrics.writer(workdir, start)))
         progress = metrics.Progress(config.stage, config.steps, start)
-        announce(state, progress, writer)
+        announce(state, device_mesh, progress, writer)
         profiler = profiler_of_steps(workdir, start, config.steps) if profile else lambda step: None
         interrupted = stack.enter_context(termination())
         stopped = False
@@ -159,7 +159,9 @@ def programs_of(
     return programs
 
 
-def announce(state: Any, progress: metrics.Progress, writer: metrics.Writer) -> None:
+def announce(
+    state: Any, device_mesh: Mesh, progress: metrics.Progress, writer: metrics.Writer
+) -> None:
     """Tells the size of the networks, on which devices they are, and where the run goes on."""
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     logging.info("parameters:\n%s", overview)
@@ -167,7 +169,6 @@ def announce(state: Any, progress: metrics.Progress, writer: metrics.Writer) -> 
     writer.write_texts(step, {"parameters": f"```\n{overview}\n```"})
     sizes = {name: parameter_overview.count_parameters(tree) for name, tree in state.params.items()}
     networks = ", ".join(f"{name} of {size:,} parameters" for name, size in sizes.items())
-    device_mesh = state.step.sharding.mesh
     axes = ", ".join(f"{axis}={size}" for axis, size in device_mesh.shape.items() if size > 1)
     devices = f"{device_mesh.size} x {device_mesh.devices.flat[0].device_kind}"
     where = f"{devices} ({axes})" if axes else devices

@@ -121,11 +121,9 @@ def create(
 def _as_in_state(parent: Any, state: stages.State) -> Any:
     """The shardings of a parent's parameters: those of the network that it becomes in the state.
 
-    Networks of the same shapes are laid out alike, so any of them will do. One of which only a part
-    is taken is there on every device, until it has been.
+    Networks of the same shapes are laid out alike, so any of them will do.
     """
     sizes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
     networks = (*state.params.values(), *state.frozen.values())
-    whole = NamedSharding(state.step.sharding.mesh, PartitionSpec())
-    network = next((tree for tree in networks if sizes(tree) == sizes(parent)), None)
-    return jax.tree.map(lambda x: whole if network is None else x.sharding, network or parent)
+    network = next(tree for tree in networks if sizes(tree) == sizes(parent))
+    return jax.tree.map(lambda x: x.sharding, network)

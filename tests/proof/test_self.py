@@ -117,7 +117,7 @@ def test_cached_equals_teacher_forced(pattern, frames):
     [
         (Pattern(chunk=2, window=4, sink=1), 5, 2.0),
         (Pattern(chunk=1, first_chunk=3, window=5, sink=1), 0, 2.0),
-        (Pattern(chunk=3, first_chunk=1, window=7, sink=1), 0, 1.0),
+        (Pattern(chunk=3, first_chunk=1, window=7, sink=1), 0, None),
     ],
 )
 @double()
@@ -160,7 +160,8 @@ def test_fused_equals_separate_and_one_scan_equals_chunk_by_chunk(pattern, befor
 
     clip, x = (jnp.concatenate([x0, part], 1) for part in (scanned.x0, scanned.x))
     sigma = jnp.broadcast_to(jnp.concatenate([jnp.ones(before), scanned.sigma]), x.shape[:2])
-    forced = lambda p: net.teacher_forced(p, clip, {"actions": actions}, guidance)(x, sigma)
+    weight = guidance or 1.0
+    forced = lambda p: net.teacher_forced(p, clip, {"actions": actions}, weight)(x, sigma)
     exact(flow.to_x0(x, jax.jit(forced)(params), sigma)[:, before:], scanned.x0)
 
 
