@@ -75,7 +75,9 @@ def create(config: Mapping[str, int], devices: Sequence[jax.Device] | None = Non
     if len(devices) % given or (-1 not in wanted and given != len(devices)):
         raise UserError(f"config.mesh is {shown}; it does not multiply to {len(devices)} devices")
     shape = [len(devices) // given if size == -1 else size for size in wanted]
-    slices = len({device.slice_index for device in devices if device.platform == "tpu"})
+    # Of GPUs, each machine is a slice to JAX; a single slice of TPUs may have no number.
+    tpus = [device for device in devices if device.platform == "tpu"]
+    slices = len({getattr(device, "slice_index", 0) for device in tpus})
     if slices < 2:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(placed, AXES)
