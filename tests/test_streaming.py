@@ -288,8 +288,13 @@ def test_latents_leave_as_they_are():
     given = np.asarray(tiny.latents(net, 1))
     player = Player(rollout, params, given, {"actions": actions[:, :1]}, key)
     streamed = np.concatenate([player.play(actions[:, i : i + 1]) for i in range(1, 4)], 1)
+    stream = rollout.start(params, given, {"actions": actions[:, :1]})
+    noise = generate.gaussian_noise(key, given[:, 0].shape)
+    sigmas, last = rollout.sampler.of_chunks(3)
+    _, out = rollout.unroll(params, stream, {"actions": actions[:, 1:]}, noise, sigmas, last)
     assert streamed.dtype == np.float32 and np.abs(streamed).max() > 1
-    tiny.close(streamed, rollout.clip(params, given, {"actions": actions}, key))
+    tiny.close(streamed, out.x0)
+    tiny.close(rollout.clip(params, given, {"actions": actions}, key), out.x0)
 
 
 def test_actions_that_a_stream_cannot_take():
