@@ -119,7 +119,7 @@ def test_contract(variant):
         ("consistency", {"grid_steps": 9}, "grid_doublings is 2; grid_steps, 9, must be divis"),
         ("consistency", {"grid_doublings": 4}, "grid_doublings is 4; grid_steps, 8, must be divis"),
         ("consistency", {"positions": (500.0, 1000.0)}, "sampling positions must fall, from 1000"),
-        ("ode", {"positions": (1000.0, 333.0)}, "do not all lie on the grid of 12 steps"),
+        ("ode", {"positions": (1000.0, 333.0)}, "do not all lie on the grid of 16 steps"),
         ("dmd", {"real_score": "none"}, "real_score must be one of bidirectional, causal"),
         ("dmd", {"history_gradient": "all"}, "history_gradient must be one of none"),
         ("dmd", {"critic_steps": 0}, "critic_steps is 0; it must be at least 1"),
