@@ -8,8 +8,10 @@ what chance decides; low, and it only cleans the picture that the first step has
 are measured as in their report, on twice as many episodes, at two steps in all frames and at each
 of `SIGMAS`; and at one step, which is sigma 1.
 
-Writes `benchmarks/results/second_step.json`.
+Writes `benchmarks/results/second_step.json`, where what has another name stays.
 """
+
+import json
 
 import jax
 import measuring
@@ -57,7 +59,8 @@ def figures_of(workdir: str) -> list[dict]:
 
 def main() -> None:
     """Reads the command line, prints the tables and writes the results."""
-    results = {}
+    path = measuring.RESULTS / "second_step.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
     for name, workdir in measuring.named_workdirs(__doc__, "stage-2 or -3 runs").items():
         results[name] = figures_of(workdir)
         columns = [column for column in SHOWN if column in results[name][0]]
