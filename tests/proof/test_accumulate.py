@@ -18,7 +18,7 @@ VARIANTS = {
     "bidirectional": {"given_rate": 0.5, "drop_rate": 0.5},
     "ar_diffusion": {"draws": 2, "drop_rate": 0.5, "resample": {"rate": 1.0}},
     "consistency": {"guidance": 2.0, "draws": 2},
-    "ode": {"grid_steps": 4},
+    "ode": {"grid_steps": 4, "positions": (1000.0, 500.0)},
     "dmd": {"critic_steps": 1, "real_score": "bidirectional", "guidance": 2.0},
 }
 
