@@ -118,6 +118,12 @@ def check_public_code(checkout: pathlib.Path) -> None:
         )
 
 
+def read(name: str) -> dict:
+    """What `write` has written by this name; empty where there is no file."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write(name: str, results: dict) -> None:
     """Writes `benchmarks/results/NAME.json`."""
     RESULTS.mkdir(exist_ok=True)

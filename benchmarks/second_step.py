@@ -11,8 +11,6 @@ of `SIGMAS`; and at one step, which is sigma 1.
 Writes `benchmarks/results/second_step.json`, where what has another name stays.
 """
 
-import json
-
 import jax
 import measuring
 import numpy as np
@@ -59,8 +57,7 @@ def figures_of(workdir: str) -> list[dict]:
 
 def main() -> None:
     """Reads the command line, prints the tables and writes the results."""
-    path = measuring.RESULTS / "second_step.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = measuring.read("second_step")
     for name, workdir in measuring.named_workdirs(__doc__, "stage-2 or -3 runs").items():
         results[name] = figures_of(workdir)
         columns = [column for column in SHOWN if column in results[name][0]]

@@ -12,7 +12,7 @@ def get_config(arg: str = ""):
     config = common.base("ode", options)
     config.steps = 320
     config.optimizer = common.optimizer("adamw", 1e-3)
-    config.grid_steps = 16  # N of the solver grid
+    config.grid_steps = 16  # N of the solver grid, on which all positions lie
     config.update(common.schedule(options))  # the grid has its shift too
     del config.first_positions  # the student learns from the points of one schedule
     config.solver = "euler"  # or 'heun'
