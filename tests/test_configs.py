@@ -109,8 +109,9 @@ def first_state(config, stage):
 def test_every_stage_of_every_quickstart_can_be_built(variant):
     config = quickstart.get_config(variant).copy_and_resolve_references()
     for name in config.jobs:
-        checks.check(config[name], lambda path: config[path.removeprefix("../")])
-        state = first_state(config[name], checks.build_stage(config[name]))
+        stage = checks.check(config[name])
+        checks.check_parents(config[name], stage, lambda path: config[path.removeprefix("../")])
+        state = first_state(config[name], stage)
         assert jax.tree.structure(state.ema) == jax.tree.structure(state.params["model"])
     evaluate.check(config.evaluate, config.stage1.data)
 
@@ -177,7 +178,7 @@ def test_fields_that_cannot_be(field, value, message):
     config = config_of("stage1", "")
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
-        checks.check(config, lambda path: None)
+        checks.check(config)
 
 
 @pytest.mark.parametrize("field, value", [("frames", 100), ("context", 53), ("episodes", 513)])

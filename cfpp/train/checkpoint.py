@@ -152,6 +152,11 @@ def _put_aside(path: epath.Path) -> None:
             return
 
 
+def has_begun(workdir: epath.PathLike) -> bool:
+    """Whether a run has a checkpoint to go on from. All processes ask together, and agree."""
+    return bool(hosts.from_first(items.steps(epath.Path(workdir) / "checkpoints")))
+
+
 def is_finished(workdir: epath.PathLike, last_step: int) -> bool:
     """Whether the checkpoint of a run's last step is there and its model intact.
 

@@ -67,14 +67,14 @@ RANGES = {
 OWN_FIELDS = ("dtype", "cache_dtype", "attention", "remat", "unroll", "gate_init")
 
 
-def check(
-    config: ml_collections.ConfigDict, find: Callable[[str], ml_collections.ConfigDict]
-) -> None:
-    """Checks a stage as far as that goes without its data and a working directory.
+def check(config: ml_collections.ConfigDict) -> stages.Stage:
+    """Checks a stage as far as that goes without its data, its parents and a working directory.
 
     Args:
       config: of the stage.
-      find: the configuration of a parent by its path: it may not have been trained yet.
+
+    Returns:
+      What it builds.
 
     Raises:
       UserError: something in the configuration cannot be.
@@ -83,8 +83,8 @@ def check(
     sources.check(config.data)
     stage = build_stage(config)
     program.batch_sharding(stage, config, mesh.create(config.mesh))  # that all divides
-    check_parents(config, stage, find)
     tell_of_streams(config)
+    return stage
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -270,7 +270,7 @@ def check_parents(
     Args:
       config: of the stage.
       stage: what it builds.
-      find: the configuration of a parent by its path.
+      find: the configuration of a parent by its path: it may not have been trained yet.
 
     Raises:
       UserError: a parent of another architecture or stage, or guidance that it, or the stage's own

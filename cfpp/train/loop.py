@@ -48,7 +48,11 @@ def train(
     as_given, config = config, workdirs.resolve(config, workdir)
     stage = checks.build_stage(config)
     device_mesh = mesh.create(config.mesh)
-    programs = programs_of(stage, config, device_mesh)
+    if checkpoint.has_begun(workdir):  # its parents are no more needed
+        given = program.parent_shapes(stage, config)
+    else:
+        given = checks.parents(config, lambda path: stored.find(path).shapes())
+    programs = programs_of(stage, config, given, device_mesh)
     workdirs.claim(as_given, workdir)  # only now: a mistake leaves no trace
 
     with contextlib.ExitStack() as stack:
@@ -138,15 +142,17 @@ def train(
 
 
 def programs_of(
-    stage: stages.Stage, config: ml_collections.ConfigDict, device_mesh: Mesh
+    stage: stages.Stage,
+    config: ml_collections.ConfigDict,
+    given: dict[str, Any],
+    device_mesh: Mesh,
 ) -> program.Program:
-    """The stage's programs, for parents of the shapes that are stored; its step is traced.
+    """The stage's programs, for parents of given shapes by role; its step is traced.
 
     Raises:
       UserError: a parent does not fit, something does not divide over the mesh, or the model's
         attention does not take its shapes.
     """
-    given = checks.parents(config, lambda path: stored.find(path).shapes())
     try:
         programs = program.create(stage, config, given, device_mesh)
         # Once and for all: the first step finds this trace.

@@ -18,10 +18,10 @@ from cfpp.errors import UserError, causes
 from cfpp.parallel import hosts
 
 # Fields of a stage that may change between the starts of a run, since no step depends on them, or
-# by the order of sums alone: a run may go on with fewer devices, or less memory.
+# by the order of sums alone: a run may go on with fewer devices, less memory, or data that moved.
 # `steps` may grow, but not in a job of several stages: others have started from this one.
 OPERATIONAL = (
-    "log_every", "save_every", "sample_every", "keep", "data.workers", "accumulate",
+    "log_every", "save_every", "sample_every", "keep", "accumulate", "data.directory", "data.workers",
     "mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor",
     "model.attention", "model.remat", "model.unroll",
 )  # fmt: skip

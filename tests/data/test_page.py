@@ -39,7 +39,8 @@ def test_own_videos(tmp_path, monkeypatch):
     config = quickstart.get_config(variant)
     config.update_from_flattened_dict(options | {"data.directory": str(tmp_path)})
     for job in config.jobs:
-        checks.check(config[job], lambda path: config[path.removeprefix("../")])
+        stage = checks.check(config[job])
+        checks.check_parents(config[job], stage, lambda path: config[path.removeprefix("../")])
     sources.prepare(config.stage3.data)
     batch = next(pipeline.train_batches(config.stage0.data, 2, seed=0))
     assert batch["video"].shape == (2, 8, 64, 96, 3)

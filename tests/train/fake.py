@@ -40,6 +40,15 @@ def config(**changes) -> ml_collections.ConfigDict:
     return fields.lock()
 
 
+def init_model(rng, dim):
+    return {"kernel": jax.random.normal(rng, (dim, dim)), "bias": jnp.zeros(dim)}
+
+
+def parent_shapes(stage, config):
+    model = jax.eval_shape(lambda: init_model(jax.random.key(0), config.model.dim))
+    return {role: model for role, path in config.init_from.items() if path}
+
+
 def build(config: ml_collections.ConfigDict) -> Stage:
     if config.stage != "fake":
         raise ValueError(f"config.stage must be fake, got {config.stage!r}")
@@ -49,8 +58,7 @@ def build(config: ml_collections.ConfigDict) -> Stage:
     )
 
     def init(rng, parents):
-        dim = config.model.dim
-        params = {"kernel": jax.random.normal(rng, (dim, dim)), "bias": jnp.zeros(dim)}
+        params = init_model(rng, config.model.dim)
         frozen = {}
         if "teacher" in parents:
             shapes.check(params, parents["teacher"], "the parent")
@@ -112,6 +120,7 @@ def patches(dim: int = 8):
     DIM[0] = dim
     return (
         mock.patch("cfpp.stages.build", build),
+        mock.patch("cfpp.train.program.parent_shapes", parent_shapes),
         mock.patch("cfpp.data.sources.prepare", lambda data_config: None),
         mock.patch("cfpp.data.pipeline.train_batches", train_batches),
         mock.patch("cfpp.data.pipeline.batch_shapes", batch_shapes),

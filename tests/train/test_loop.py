@@ -33,11 +33,8 @@ def final_state(workdir, config=None):
     """The last checkpoint's whole state and position in the data, as NumPy arrays."""
     config = config or fake.config()
     stage = fake.build(config)
-    template = jax.eval_shape(
-        stage.init,
-        jax.random.key(0),
-        checks.parents(config, lambda path: stored.find(path).shapes()),
-    )
+    parents = fake.parent_shapes(stage, config)
+    template = jax.eval_shape(stage.init, jax.random.key(0), parents)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(lambda x: x.update(sharding=device), template)
     data = fake.train_batches(config.data, config.batch_size, config.seed)
@@ -273,6 +270,23 @@ def test_parents_are_what_the_stage_starts_from(finished, tmp_path):
     teacher = stored.find(finished).load()
     frozen = final_state(tmp_path, config)[0].frozen["teacher"]
     jax.tree.map(np.testing.assert_array_equal, frozen, teacher)
+
+
+def test_a_run_that_has_begun_needs_its_parents_no_more(finished, tmp_path, caplog):
+    """Nor is anything told of them again."""
+    parent = shutil.copytree(finished, tmp_path / "parent")
+    fields = {"init_from": {"teacher": str(parent)}}
+    with mock.patch("cfpp.stages.build", asking("ar_diffusion", required=False)):
+        jobs.run(fake.config(steps=7, **fields), tmp_path / "once")
+        jobs.run(fake.config(steps=5, **fields), tmp_path / "twice")
+        assert caplog.text.count("is a model of stage fake; ") == 2
+        shutil.rmtree(parent)
+        jobs.run(fake.config(steps=7, **fields), tmp_path / "twice")
+    assert caplog.text.count("is a model of stage fake; ") == 2
+    with pytest.raises(UserError, match=r"^config\.init_from\.teacher: .*parent does not exist"):
+        jobs.run(fake.config(steps=7, **fields), tmp_path / "new")
+    states = [final_state(tmp_path / name, fake.config(**fields)) for name in ("once", "twice")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def asking(*stages, **fields):
