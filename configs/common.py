@@ -75,7 +75,8 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
 
     config.data = data(options)
     config.model = model(options)
-    for field in ("height", "width", "num_actions"):  # to set either is to set both
+    # To set either is to set both.
+    for field in ("height", "width", "channels", "num_actions", "text_dim"):
         config.model[field] = config.data.get_ref(field)
     config.pattern = ConfigDict()
     config.pattern.chunk = options.chunk  # frames generated at once
@@ -133,11 +134,13 @@ def data(options: ConfigDict) -> ConfigDict:
     config.directory = ""  # '' is TFDS's own, ~/tensorflow_datasets
     config.frames = 8  # of a training window
     config.height = config.width = 32
-    config.num_actions = 5
+    config.channels = 3
     config.latents = False  # float latents of a video autoencoder, or else pixels
-    config.text_tokens = 0  # of a clip's text; 0 is none
+    config.num_actions = 5
+    config.text_tokens = config.text_dim = 0  # of an episode's text; 0 is none
     config.video_feature = "video"
     config.action_feature = "actions"
+    config.text_feature = "text"
     config.workers = 0  # processes that read; 0 reads in this one
     config.episodes = 2048
     config.episode_frames = 64
@@ -147,11 +150,11 @@ def data(options: ConfigDict) -> ConfigDict:
         config.num_actions = 18
         config.episodes = 256
     if options.world == "wan_1_3b":
-        config.name = ""  # latents and texts cannot be recorded
+        config.name = ""  # tfds:NAME of what you have prepared (docs/data.md)
         config.latents = True
-        config.frames, config.height, config.width = 21, 60, 104
-        config.num_actions = 0
-        config.text_tokens = 512
+        config.frames, config.height, config.width, config.channels = 21, 60, 104, 16
+        config.num_actions, config.action_feature = 0, ""
+        config.text_tokens, config.text_dim = 512, 4096
     elif options.chunk > 1:
         config.frames = 1 + 3 * options.chunk
     if options.smoke:
@@ -162,7 +165,6 @@ def data(options: ConfigDict) -> ConfigDict:
 def model(options: ConfigDict) -> ConfigDict:
     """The network of a world: the attributes of `cfpp.models.dit.DiT`, but for the data's own."""
     config = ConfigDict()
-    config.channels = 3
     config.patch = 8
     config.dim = 128
     config.ffn_dim = 512
@@ -171,7 +173,6 @@ def model(options: ConfigDict) -> ConfigDict:
     config.frequency_dim = 256
     if options.world == "atari":
         config.dim, config.ffn_dim, config.heads = 192, 768, 6
-    config.text_dim = 0
     config.rotary_base = 100.0
     config.gate_init = 1.0
     config.prediction = "x0"
@@ -182,8 +183,7 @@ def model(options: ConfigDict) -> ConfigDict:
     config.unroll = 4
     if options.world == "wan_1_3b":
         config.update(WAN_SIZES["1_3b"])
-        config.channels, config.patch = 16, 2
-        config.text_dim = 4096
+        config.patch = 2
         config.rotary_base = 10000.0
         config.gate_init = 0.0
         config.prediction = "velocity"

@@ -42,10 +42,8 @@ def train_batches(
       rows: those of each batch that this process needs, in this order; all of them if None.
 
     Returns:
-      An iterator of {'video': uint8 [B, F, H, W, 3], 'actions': int32 [B, F]}, with B rows and F =
-      data_config.frames; without 'actions' where data_config.num_actions is 0. After
-      `set_state(s)`, with s from `get_state()`, the very next batch comes, whatever the number of
-      workers then and now.
+      An iterator of what `batch_shapes` says, with as many rows. After `set_state(s)`, with s from
+      `get_state()`, the very next batch comes, whatever the number of workers then and now.
 
     Raises:
       UserError: if the dataset cannot be read; while iterating, if a record cannot.
@@ -152,16 +150,16 @@ def batch_shapes(
       `video` `[B, F, H, W, C]`, uint8, or bfloat16 where it is latents; `actions` int32 `[B, F]`
       and `text` bfloat16 `[B, length, text_dim]` where the model takes them.
     """
-    data, model = config.data, config.model
+    data = config.data
     clip = (config.batch_size, data.frames)
-    picture = (data.height, data.width, model.channels)
+    picture = (data.height, data.width, data.channels)
     dtype = jnp.bfloat16 if data.latents else jnp.uint8
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     shapes = {"video": shape(clip + picture, dtype)}
     if data.num_actions:
         shapes["actions"] = shape(clip, jnp.int32)
     if data.text_tokens:
-        length = (config.batch_size, data.text_tokens, model.text_dim)
+        length = (config.batch_size, data.text_tokens, data.text_dim)
         shapes["text"] = shape(length, jnp.bfloat16)
     return shapes
 
@@ -178,8 +176,8 @@ def test_clips(data_config: ml_collections.ConfigDict, count: int, frames: int) 
       frames: length of each.
 
     Returns:
-      {'video': uint8 [count, frames, H, W, 3], 'actions': int32 [count, frames]}, the number of
-      each clip's episode, 'episode' int32 [count], and, where the world has them, 'states'.
+      {'video': [count, frames, H, W, C], 'actions': int32 [count, frames]}, the number of each
+      clip's episode, 'episode' int32 [count], and what else an episode has, 'text' or 'states'.
 
     Raises:
       UserError: if there are not that many.
@@ -211,9 +209,12 @@ def _window(
 ) -> dict:
     sources.check_length(data_config, episode, "a train episode")
     start = rng.integers(len(episode["video"]) - data_config.frames + 1)
-    keys = ("video", "actions") if data_config.num_actions else ("video",)
-    return _cut({key: episode[key] for key in keys}, start, data_config.frames)
+    taken = {"video": True, "actions": data_config.num_actions, "text": data_config.text_tokens}
+    wanted = {name: episode[name] for name, is_taken in taken.items() if is_taken}
+    return _cut(wanted, start, data_config.frames)
 
 
 def _cut(episode: dict, start: int, frames: int) -> dict:
-    return jax.tree.map(lambda x: x[start : start + frames], episode)
+    """Some frames of an episode; a text is that of all."""
+    cut = lambda x: x[start : start + frames]
+    return {name: x if name == "text" else jax.tree.map(cut, x) for name, x in episode.items()}

@@ -1,7 +1,8 @@
 """Where episodes come from: the arena, an Atari game, or any prepared TFDS dataset.
 
 A source is named `arena`, `atari:<game>` or `tfds:<name>`; the first two are recorded by `prepare`
-if they are missing. All are read as TFDS datasets of `array_record` files, without TensorFlow.
+if they are missing, RGB videos with actions, while the third may hold latents, and texts. All are
+read as TFDS datasets of `array_record` files, without TensorFlow.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ml_collections
+import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
@@ -32,8 +34,9 @@ class MissingError(UserError):
 class Episodes:
     """Random access to the episodes of a split, checked against the configuration as they are read.
 
-    An episode is {'video': uint8 [T, height, width, 3], 'actions': int32 [T]} and, where the world
-    has them, 'states'; actions[t] leads from frame t-1 to frame t.
+    An episode is {'video': [T, height, width, channels], 'actions': int32 [T]}, the video of uint8
+    or, of latents, bfloat16; with 'text' bfloat16 [text_tokens, text_dim] where data_config asks
+    for it; and 'states' where the world has them. actions[t] leads from frame t-1 to frame t.
     """
 
     def __init__(
@@ -57,7 +60,10 @@ class Episodes:
         self._actions = data_config.action_feature
         if not data_config.name.startswith("tfds:"):
             self._video, self._actions = "video", "actions"
-        self._picture = (data_config.height, data_config.width, 3)
+        self._latents = data_config.latents
+        self._picture = (data_config.height, data_config.width, data_config.channels)
+        self._text = data_config.text_feature if data_config.text_tokens else ""
+        self._embedding = (data_config.text_tokens, data_config.text_dim)
         self._num_actions = data_config.num_actions
         self._has_states = data_config.name == "arena"  # a feature of others may be anything
         info = dataset.info
@@ -65,7 +71,7 @@ class Episodes:
             raise UserError(
                 f"{directory} has no episodes in '{split}'; prepare more, or a split 'test' too"
             )
-        missing = {self._video, self._actions} - {"", *info.features}
+        missing = {self._video, self._actions, self._text} - {"", *info.features}
         if missing:
             raise UserError(
                 f"{directory} has no feature '{missing.pop()}'; "
@@ -98,18 +104,26 @@ class Episodes:
             actions = np.asarray(record[self._actions])
         self._check(index, video, actions)
         episode = {"video": video, "actions": actions.astype(np.int32)}
+        if self._latents:
+            episode["video"] = video.astype(ml_dtypes.bfloat16)
+        if self._text:
+            text = np.asarray(record[self._text])
+            self._check_text(index, text)
+            episode["text"] = text.astype(ml_dtypes.bfloat16)
         if self._has_states:
             episode["states"] = record["states"]
         return episode
 
     def _check(self, index: int, video: np.ndarray, actions: np.ndarray) -> None:
-        where = f"episode {index} of {self.directory}"
-        if video.dtype != np.uint8 or video.shape[1:] != self._picture or not len(video):
+        where = self._where(index)
+        is_kind = _is_float(video) if self._latents else video.dtype == np.uint8
+        if not is_kind or video.shape[1:] != self._picture or not len(video):
             height, width, channels = self._picture
+            kind, more = ("floats", ", data.channels") if self._latents else ("uint8", "")
             raise UserError(
                 f"{where}: '{self._video}' is {video.dtype} {list(video.shape)}, but the "
-                f"configuration asks for uint8 [T, {height}, {width}, {channels}]; "
-                "set data.height and data.width, or prepare the dataset at that size"
+                f"configuration asks for {kind} [T, {height}, {width}, {channels}]; set "
+                f"data.latents, data.height, data.width{more}, or prepare the dataset like that"
             )
         if actions.shape != video.shape[:1] or not np.issubdtype(actions.dtype, np.integer):
             raise UserError(
@@ -122,12 +136,29 @@ class Episodes:
                 f"{self._num_actions}; they should be 0 to {self._num_actions - 1}"
             )
 
+    def _check_text(self, index: int, text: np.ndarray) -> None:
+        if not _is_float(text) or text.shape != self._embedding:
+            length, size = self._embedding
+            raise UserError(
+                f"{self._where(index)}: '{self._text}' is {text.dtype} {list(text.shape)}, but the "
+                f"configuration asks for floats [{length}, {size}]; set data.text_tokens and "
+                "data.text_dim, or prepare the dataset like that"
+            )
+
+    def _where(self, index: int) -> str:
+        return f"episode {index} of {self.directory}"
+
     def _file(self, index: int) -> str:
         for file in self._files:
             if index < file.take:
                 return file.filename
             index -= file.take
         raise IndexError(index)
+
+
+def _is_float(array: np.ndarray) -> bool:
+    # To NumPy, bfloat16 is none.
+    return np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16
 
 
 def check(data_config: ml_collections.ConfigDict) -> None:
@@ -140,8 +171,8 @@ def check(data_config: ml_collections.ConfigDict) -> None:
     _root(data_config)
     if not data_config.name:
         raise UserError(
-            "config.data.name is empty: no data source gives latents and texts yet; "
-            "python -m cfpp.aot compiles such a job without data"
+            "config.data.name is empty; give tfds:<dataset>, one that you have prepared "
+            "(docs/data.md); python -m cfpp.aot compiles a job without data"
         )
     recorded = _recording(data_config)
     if recorded and not recorded.directory.exists():

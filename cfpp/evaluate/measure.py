@@ -69,9 +69,11 @@ def check(config: ml_collections.ConfigDict, data_config: ml_collections.ConfigD
     """Checks `config.evaluate` before there are models, or data.
 
     Raises:
-      UserError: a setting is out of range, or more clips are asked for than will be recorded.
+      UserError: a setting is out of range, more clips are asked for than will be recorded, or the
+        data are not RGB pixels without texts.
     """
     settings = Settings(**config)
+    _check_kind(data_config)
     recorded = sources.recorded_clips(data_config, settings.length)
     if recorded is not None and recorded < settings.clips:
         raise UserError(
@@ -79,6 +81,15 @@ def check(config: ml_collections.ConfigDict, data_config: ml_collections.ConfigD
             f"{settings.length} frames; {data_config.name} is recorded with {recorded} such "
             "held-out clips (data.episodes, data.episode_frames)"
         )
+
+
+def _check_kind(data_config: ml_collections.ConfigDict) -> None:
+    for kind, field in {"latents": "latents", "texts": "text_tokens"}.items():
+        if data_config[field]:
+            raise UserError(
+                f"{data_config.name} gives {kind} (data.{field}), and the evaluation is of RGB "
+                "pixels steered by actions alone"
+            )
 
 
 def check_clips(config: ml_collections.ConfigDict, data_config: ml_collections.ConfigDict) -> None:
@@ -138,7 +149,11 @@ def prepare(data_config: ml_collections.ConfigDict, settings: Settings) -> Yards
 
     The reference of the Frechet distance is as many other held-out clips, so that real clips do
     not score 0 but what no model can be expected to undercut.
+
+    Raises:
+      UserError: the data are not RGB pixels without texts, or too few.
     """
+    _check_kind(data_config)
     episodes = settings.episodes
     clips = pipeline.test_clips(data_config, settings.clips, settings.length)
     video, actions = clips["video"][:episodes], clips["actions"][:episodes]

@@ -98,7 +98,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         if name in fields and not low <= fields[name] <= high:
             wanted = f"at least {low}" if fields[name] < low else f"from {low} to {high}"
             raise UserError(f"config.{name} is {fields[name]}; it must be {wanted}")
-    for name in ("height", "width", "num_actions"):
+    for name in ("height", "width", "channels", "num_actions", "text_dim"):
         if config.model[name] != config.data[name]:
             raise UserError(
                 f"config.model.{name} is {config.model[name]} and config.data.{name} is "
@@ -133,24 +133,29 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.guidance is {config.guidance}, but the model takes neither actions nor text; "
             "use guidance 1"
         )
-    # All sources that there are give pixels, and no texts; without one a job is for `cfpp.aot`.
-    for name, value in {
-        "data.latents": False,
-        "data.text_tokens": 0,
-        "model.text_dim": 0,
-        "model.channels": 3,
-    }.items():
-        if config.data.name and fields[name] != value:
+    is_recorded = not config.data.name.startswith("tfds:")
+    recordings = {"latents": False, "channels": 3, "text_tokens": 0, "text_dim": 0}
+    for name, value in recordings.items():
+        if config.data.name and is_recorded and config.data[name] != value:
             raise UserError(
-                f"config.{name} is {fields[name]}, but {config.data.name} gives RGB pixels and no "
-                f"text; it must be {value}"
+                f"config.data.{name} is {config.data[name]}, but {config.data.name} gives RGB "
+                f"pixels and no text; it must be {value}"
             )
-    if bool(config.model.text_dim) != bool(config.data.text_tokens):
+    if not config.data.latents and config.data.channels != 3:
         raise UserError(
-            f"config.model.text_dim is {config.model.text_dim} and config.data.text_tokens is "
+            f"config.data.channels is {config.data.channels}; pixels have 3, and latents are told "
+            "by config.data.latents"
+        )
+    if config.data.latents and config.sample_every:
+        raise UserError(
+            f"config.sample_every is {config.sample_every}, but latents are no pictures; set it "
+            "to 0"
+        )
+    if bool(config.data.text_dim) != bool(config.data.text_tokens):
+        raise UserError(
+            f"config.data.text_dim is {config.data.text_dim} and config.data.text_tokens is "
             f"{config.data.text_tokens}; give both, or neither"
         )
-    is_recorded = not config.data.name.startswith("tfds:")
     if is_recorded and config.data.frames > config.data.episode_frames:
         raise UserError(
             f"config.data.frames is {config.data.frames}, but episodes have "

@@ -52,7 +52,8 @@ def draw(
       workdir: of the run.
     """
     clips = pipeline.test_clips(config.data, CLIPS, config.data.frames)
-    context, condition = clips["video"][:, :1], {"actions": np.asarray(clips["actions"])}
+    context = clips["video"][:, :1]
+    condition = {name: clips[name] for name in ("actions", "text") if name in clips}
     rng = jax.random.key(config.seed)
     network = Network.create(config.model, config.pattern)
     if config.stage == "bidirectional":

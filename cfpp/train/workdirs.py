@@ -21,7 +21,8 @@ from cfpp.parallel import hosts
 # by the order of sums alone: a run may go on with fewer devices, less memory, or data that moved.
 # `steps` may grow, but not in a job of several stages: others have started from this one.
 OPERATIONAL = (
-    "log_every", "save_every", "sample_every", "keep", "accumulate", "data.directory", "data.workers",
+    "log_every", "save_every", "sample_every", "keep", "accumulate",
+    "data.directory", "data.workers",
     "mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor",
     "model.attention", "model.remat", "model.unroll",
 )  # fmt: skip

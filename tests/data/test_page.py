@@ -1,16 +1,19 @@
-"""What docs/data.md tells a reader to write is a dataset, and its command trains on it."""
+"""What docs/data.md tells a reader to write are datasets, and its commands train on them."""
 
+import contextlib
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 
 from cfpp import evaluate, media
 from cfpp.data import pipeline, sources
 from cfpp.errors import UserError
-from cfpp.train import checks
-from configs import quickstart
+from cfpp.evaluate import __main__ as evaluation
+from cfpp.train import checks, jobs
+from configs import quickstart, stage1
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "data.md").read_text()
 
@@ -26,18 +29,28 @@ def write_videos(folder):
             np.save(path.with_suffix(".npy"), np.arange(frames) % 7)
 
 
+def programs(folder):
+    """Those of the page, which write into `folder`."""
+    found = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    return [program.replace("/data/tfds", str(folder)) for program in found]
+
+
+def configured(config, command, **options):
+    """A configuration as a command of the page changes it, and with other `options`."""
+    given = dict(re.findall(r"--config\.(\S+)=(\S+)", command))
+    given = {name: int(value) if value.isdigit() else value for name, value in given.items()}
+    config.update_from_flattened_dict(given | options)
+    return config
+
+
 def test_own_videos(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_videos(tmp_path)
-    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    exec(program.replace("/data/tfds", str(tmp_path)), {})
+    exec(programs(tmp_path)[0], {})
     (command,) = re.findall(r"```\n(python -m cfpp.main.*?)python", PAGE, re.DOTALL)
     (variant,) = re.findall(r"--config=configs/quickstart.py:(\w+)", command)
-    options = dict(re.findall(r"--config\.(\S+)=(\S+)", command))
-    options = {name: int(value) if value.isdigit() else value for name, value in options.items()}
-
     config = quickstart.get_config(variant)
-    config.update_from_flattened_dict(options | {"data.directory": str(tmp_path)})
+    configured(config, command, **{"data.directory": str(tmp_path)})
     for job in config.jobs:
         stage = checks.check(config[job])
         checks.check_parents(config[job], stage, lambda path: config[path.removeprefix("../")])
@@ -47,3 +60,46 @@ def test_own_videos(tmp_path, monkeypatch):
     assert 25 < batch["video"].min() and batch["video"].max() < 45  # as it was written, about
     with pytest.raises(UserError, match=r"my_game has 3 clips of 13 frames, but 128 are asked for"):
         evaluate.check_clips(config.evaluate, config.stage0.data)
+
+
+SIZES = {"60, 104, 16": "4, 6, 5", "512, 4096": "3, 7"}
+
+
+def encoded(split):
+    """Of each clip's number, in all that it has."""
+    for number in range({"train": 6, "test": 1}[split]):
+        yield np.full((5, 4, 6, 5), number, np.float32), np.full((3, 7), number, np.float32)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_latents_and_texts(tmp_path, monkeypatch, workers):
+    monkeypatch.chdir(tmp_path)
+    write_videos(tmp_path)
+    videos, latents = programs(tmp_path)
+    for size, smaller in SIZES.items():
+        assert size in latents
+        latents = latents.replace(size, smaller)
+    names = {"my_encoded": encoded}
+    exec(videos, names)
+    exec(latents, names)
+    (command,) = re.findall(r"```\n(python -m cfpp.main --config=\S*stage1.*?)```", PAGE, re.DOTALL)
+    assert "configs/stage1.py:wan_1_3b" in command
+    config = configured(
+        stage1.get_config("wan_1_3b"),
+        command,
+        **{
+            "data.directory": str(tmp_path), "data.workers": workers, "data.frames": 5,
+            "data.height": 4, "data.width": 6, "data.channels": 5,
+            "data.text_tokens": 3, "data.text_dim": 7,
+            "model.dim": 24, "model.ffn_dim": 32, "model.heads": 2, "model.layers": 1,
+            "init_from.base": "", "batch_size": 8, "steps": 2,
+        },
+    )  # fmt: skip
+    with contextlib.closing(pipeline.train_batches(config.data, 8, seed=0)) as batches:
+        batch = next(batches)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes(batch) == shapes(pipeline.batch_shapes(config))
+    np.testing.assert_array_equal(batch["video"][:, 0, 0, 0, 0], batch["text"][:, 0, 0])
+    assert jobs.run(config, str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"^tfds:my_clips gives latents \(data\.latents\), and the"):
+        evaluation.main([f"--workdir={tmp_path / 'run'}"])

@@ -333,6 +333,12 @@ def test_of_a_single_split_the_last_tenth_is_kept_for_testing(tmp_path):
         ({"action_feature": "action"}, "has no feature 'action'"),
         ({"video_feature": "depth"}, "'depth' is float32 [9, 2]"),
         ({"action_feature": "depth"}, "'depth' is float32 [9, 2], but should be one integer"),
+        ({"latents": True}, "'clip' is uint8 [9, 8, 16, 3], but the configuration asks for floats"),
+        ({"text_tokens": 2, "text_dim": 3}, "has no feature 'text'"),
+        (
+            {"text_tokens": 2, "text_dim": 3, "text_feature": "depth"},
+            "'depth' is float32 [9, 2], but the configuration asks for floats [2, 3]",
+        ),
         ({"num_actions": 2}, "actions are 0 to 2, but data.num_actions is 2"),
         ({"frames": 10}, "has 9 frames, but data.frames is 10"),
         ({"name": "tfds:plasy"}, "no dataset 'plasy' prepared in "),
