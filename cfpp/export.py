@@ -15,11 +15,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser("cfpp.export", __doc__)
     parser.add_argument("--workdir", required=True, help="of a stage, or of a job of several")
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of nearly all weights (%(default)s); bfloat16 is half the size, to roll out from",
+    )
     flags = parser.parse_args(arguments)
 
     from cfpp.train import stored  # late: a mistake on the command line is told at once
 
-    stored.export(flags.workdir, flags.out)
+    stored.export(flags.workdir, flags.out, flags.dtype)
     print(f"exported {flags.workdir} to {flags.out}")
 
 

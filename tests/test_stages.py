@@ -79,6 +79,17 @@ def test_frozen_in_the_dtype_of_its_products_a_network_stays_the_same():
     jax.tree.map(np.testing.assert_array_equal, net.for_inference(params), frozen)
 
 
+def test_a_parent_may_be_an_export_in_bfloat16():
+    config = tiny_config("consistency")
+    stage = stages.build(config)
+    given = jax.tree.map(jnp.asarray, parents(config, stage))
+    half = {role: cast_products(params, "bfloat16") for role, params in given.items()}
+    whole = jax.tree.map(lambda x, like: x.astype(like.dtype), half, given)
+    state, wanted = (nn.meta.unbox(stage.init(jax.random.key(0), p)) for p in (half, whole))
+    assert state.ema["blocks"]["mlp_in"]["kernel"].dtype == jnp.float32
+    jax.tree.map(np.testing.assert_array_equal, state, wanted)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_contract(variant):
     """It jits once, stays finite, moves what it trains and nothing else, and counts its steps."""

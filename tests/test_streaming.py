@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from cfpp import media
+from cfpp import export, media
 from cfpp.attention.pattern import Pattern
 from cfpp.data import pipeline
 from cfpp.errors import UserError
@@ -181,6 +181,18 @@ def test_export_is_enough(workdir, tmp_path):
     command.run(command.parse([f"--checkpoint={tmp_path / 'export'}", *arguments, *out]))
     first = imageio.imread(tmp_path / "x.mp4")
     np.testing.assert_array_equal(first, stream(workdir, *arguments))
+
+
+def test_an_export_in_bfloat16_is_what_passes_in_bfloat16_use(workdir, tmp_path):
+    export.main([f"--workdir={workdir}", f"--out={tmp_path / 'half'}", "--dtype=bfloat16"])
+    half, whole = stored.find(tmp_path / "half"), stored.find(workdir).load()
+    params = half.load()
+    assert params["blocks"]["mlp_in"]["kernel"].dtype == jnp.bfloat16
+    used = half.network().clone(dtype="bfloat16").for_inference(whole)
+    jax.tree.map(np.testing.assert_array_equal, params, used)
+    out = [f"--out={tmp_path / 'x.mp4'}", "--scale=1", "--frames=2", "--steps=1"]
+    command.run(command.parse([f"--checkpoint={tmp_path / 'half'}", *out]))
+    assert len(imageio.imread(tmp_path / "x.mp4")) == 2
 
 
 def test_starts_from_a_held_out_frame_or_from_noise(workdir, capsys):

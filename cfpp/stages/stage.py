@@ -103,13 +103,17 @@ def unpack(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
 def inherit(template: Params, parent: Params | None) -> Params:
     """Freshly initialised parameters, with the parent's values, if there is one, in their boxes.
 
+    These take the dtypes of the parameters: a parent may be an export in bfloat16.
+
     Raises:
       UserError: the parent is of another shape.
     """
     if parent is None:
         return template
-    shapes.check(nn.meta.unbox(template), parent, "the parent")
-    return nn.meta.replace_boxed(template, parent)
+    own = nn.meta.unbox(template)
+    shapes.check(own, parent, "the parent", dtypes=False)
+    values = jax.tree.map(lambda value, like: value.astype(like.dtype), parent, own)
+    return nn.meta.replace_boxed(template, values)
 
 
 def optimizer(

@@ -16,7 +16,7 @@ from etils import epath
 from cfpp import paths
 from cfpp.errors import UserError
 from cfpp.models import shapes
-from cfpp.models.network import FIELDS, Network, Params
+from cfpp.models.network import FIELDS, Network, Params, cast_products
 from cfpp.parallel import hosts
 from cfpp.train import items, workdirs
 from cfpp.train.items import Tree
@@ -46,7 +46,8 @@ class Stored:
             network = Network.create(self.config.model, self.config.pattern)
         except ValueError as error:
             raise UserError(f"{where} is damaged, {error}; restore it") from error
-        shapes.check(nn.meta.unbox(network.shapes()), self.shapes(), self.folder)
+        wanted = nn.meta.unbox(network.shapes())
+        shapes.check(wanted, self.shapes(), self.folder, dtypes=False)
         return network
 
     def shapes(self) -> Tree:
@@ -128,11 +129,17 @@ def needed(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     return (*FIELDS, "pattern", "shift", "data.name", *own.get(config.stage, ()))
 
 
-def export(path: epath.PathLike, out: epath.PathLike) -> None:
+def export(path: epath.PathLike, out: epath.PathLike, dtype: str = "float32") -> None:
     """Writes the model of `path` and its configuration to the new folder `out`.
 
     Its kernels (`config.model.attention`) are those of the machine that it was trained on, and
     'auto' in the export.
+
+    Args:
+      path: see `find`.
+      out: a new folder.
+      dtype: of the matrices in the blocks, nearly all parameters. A model that computes in bfloat16
+        takes them in that anyway: then its output stays the same.
 
     Raises:
       UserError: `out` exists, cannot be written, or there is no model.
@@ -141,7 +148,7 @@ def export(path: epath.PathLike, out: epath.PathLike) -> None:
     model = find(path)
     config = model.config.copy_and_resolve_references().unlock()
     config.model.attention = "auto"
-    _write(config, model.load(items.host_memory()), out)
+    _write(config, cast_products(model.load(items.host_memory()), dtype), out)
 
 
 def write(config: ml_collections.ConfigDict, params: Params, out: epath.PathLike) -> None:
