@@ -79,8 +79,9 @@ def base(stage: str, options: ConfigDict) -> ConfigDict:
     for field in ("height", "width", "channels", "num_actions", "text_dim"):
         config.model[field] = config.data.get_ref(field)
     config.pattern = ConfigDict()
+    for field in ("chunk", "first_chunk", "window"):  # None: there is none
+        config.pattern[field] = config_dict.placeholder(int)
     config.pattern.chunk = options.chunk  # frames generated at once
-    config.pattern.first_chunk = config_dict.placeholder(int)  # where the first chunk differs
     if options.chunk > 1:
         config.pattern.first_chunk = 1  # clips start from one given frame
     # Frames that a frame attends to, at most: no more than in training, as they are told by place.

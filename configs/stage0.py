@@ -9,6 +9,8 @@ from configs import common
 def get_config(arg: str = ""):
     options = common.parse(arg)
     config = common.base("bidirectional", options)
+    # All frames see all.
+    config.pattern.chunk = config.pattern.first_chunk = config.pattern.window = None
     config.optimizer = common.muon()
     config.sigma_floor = 0.3  # noise levels below weigh less
     config.given_rate = 0.5  # how often the first frame is given

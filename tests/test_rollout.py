@@ -14,7 +14,7 @@ from cfpp.models.network import Network
 from cfpp.rollout import generate
 from cfpp.rollout.generate import Rollout
 from cfpp.rollout.sampler import euler
-from configs import stage1, stage2, stage3
+from configs import stage0, stage1, stage2, stage3
 from tests import tiny
 
 
@@ -140,12 +140,10 @@ def test_what_cannot_stream():
     for name in ("steps", "first_steps"):
         with pytest.raises(UserError, match=f"^{name} is 0; it must be at least 1"):
             for_stage(config, **{name: 0})
-    config.stage = "bidirectional"
     with pytest.raises(UserError, match="bidirectional model cannot stream"):
-        for_stage(config)
-    config.stage = "ar_diffusion"
+        for_stage(stage0.get_config())
     with pytest.raises(UserError, match="as many steps for the first chunk"):
-        for_stage(config, first_steps=4)
+        for_stage(stage1.get_config(), first_steps=4)
 
 
 def test_a_teachers_guidance_is_its_configs_or_as_asked():

@@ -29,7 +29,7 @@ CONFIGS = {
 def tiny_config(stage: str, arg: str = "", **fields):
     config = importlib.import_module(f"configs.{CONFIGS[stage]}").get_config(arg)
     config.steps = 10
-    config.data.update({"frames": 4 if config.pattern.chunk == 1 else 7, "height": 8, "width": 8})
+    config.data.update({"frames": 7 if "chunk" in arg else 4, "height": 8, "width": 8})
     config.model.update(
         {"height": 8, "width": 8, "patch": 4, "dim": 24, "ffn_dim": 32, "heads": 2, "layers": 2}
     )
@@ -151,6 +151,15 @@ def test_contract(variant):
         ("ar_diffusion", {"model.heads": 5}, "dim 24 does not split into 5 heads"),
         ("ar_diffusion", {"model.patch": 3}, "does not divide into patches of 3 x 3"),
         ("ar_diffusion", {"pattern.window": 0}, "window of 0 frames cannot hold"),
+        (
+            "bidirectional",
+            {"pattern.chunk": 3},
+            "pattern.chunk is 3; in stage 0 all frames see all",
+        ),
+        *(
+            (name, {"pattern.chunk": None}, "pattern.chunk is None, with which all frames see all")
+            for name in ("ar_diffusion", "consistency", "ode", "dmd")
+        ),
     ],
 )
 def test_configs_that_cannot_be(stage, fields, message):

@@ -162,7 +162,7 @@ def load(rows: Sequence[Row]) -> list[Model]:
 
 
 def _model(row: Row, network: Network, config: ml_collections.ConfigDict, params: Params) -> Model:
-    if row.stage == "bidirectional":
+    if network.pattern.chunk is None:
         if config.data.frames < 2:
             raise UserError(f"{row.workdir} has learned single frames and can continue none")
         sampler = euler(row.steps, config.shift)

@@ -412,7 +412,7 @@ def for_stage(
     for name, value in {"steps": steps, "first_steps": first_steps}.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
-    if config.stage == "bidirectional":
+    if network.pattern.chunk is None:
         raise UserError("a bidirectional model cannot stream; take one of stage 1, 2 or 3")
     if network.pattern.window is None:
         raise UserError(

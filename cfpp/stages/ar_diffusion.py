@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from cfpp import flow
-from cfpp.models.network import Network
 from cfpp.stages.resample import resample
 from cfpp.stages.stage import (
     Parent,
     Stage,
     advance,
+    causal_network,
     check_sigma_range,
     descend,
     draw_sigma,
@@ -36,7 +36,7 @@ def build(config) -> Stage:
       ValueError: a field is none of its choices, or out of range.
     """
     check_sigma_range("resample.sigma", config.resample.sigma)
-    network = Network.create(config.model, config.pattern)
+    network = causal_network(config)
     transform = optimizer(config.optimizer, config.steps)
 
     def init(rng, parents):

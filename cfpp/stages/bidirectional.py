@@ -18,8 +18,13 @@ def build(config) -> Stage:
     """Builds stage 0 from a config; `init_from.base`, where given, is where it starts.
 
     Raises:
-      ValueError: clips have one frame only, which may be given: nothing would be left to learn.
+      ValueError: the pattern is causal; or clips have one frame only, which may be given: nothing
+        would be left to learn.
     """
+    if config.pattern.chunk is not None:
+        raise ValueError(
+            f"pattern.chunk is {config.pattern.chunk}; in stage 0 all frames see all: give None"
+        )
     if config.given_rate and config.data.frames < 2:
         raise ValueError(
             f"data.frames is {config.data.frames}; with a given_rate above 0 stage 0 needs 2"

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfpp import flow
-from cfpp.models.network import Network, cast_products
+from cfpp.models.network import cast_products
 from cfpp.rollout.sampler import student_sampler
 from cfpp.stages.stage import (
     FLOATS,
     Parent,
     Stage,
     advance,
+    causal_network,
     check_choice,
     descend,
     inherit,
@@ -119,7 +120,7 @@ def build(config) -> Stage:
     check_choice("solver", config.solver, flow.SOLVERS)
     check_choice("distance", config.distance, DISTANCES)
     check_choice("frozen_dtype", config.frozen_dtype, FLOATS)
-    network = Network.create(config.model, config.pattern)
+    network = causal_network(config)
     transform = optimizer(config.optimizer, config.steps)
     sizes = grid_sizes(config.grid_steps, config.grid_doublings)
     grids = [np.pad(flow.grid(n, config.shift), (0, sizes[-1] - n)) for n in sizes]

@@ -36,6 +36,7 @@ from cfpp.stages.stage import (
     Stage,
     State,
     advance,
+    causal_network,
     check_choice,
     check_sigma_range,
     descend,
@@ -166,7 +167,7 @@ def build(config) -> Stage:
         raise ValueError(f"given is {given}; it must be at least 0 and less than {frames} frames")
     # Its chunks begin after the given frames in scores and rollouts alike. What is replayed is what
     # the rollout saw, so nothing is rounded.
-    network = Network.create(config.model, config.pattern).clone(cache_dtype="").after(given)
+    network = causal_network(config).clone(cache_dtype="").after(given)
     real_model = ml_collections.ConfigDict({**config.model, **config.real_model})
     try:
         real_network = Network.create(real_model, config.pattern).after(given)

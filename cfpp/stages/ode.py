@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfpp import flow
-from cfpp.models.network import Network, cast_products
+from cfpp.models.network import cast_products
 from cfpp.stages.stage import (
     FLOATS,
     Parent,
     Stage,
     advance,
+    causal_network,
     check_choice,
     descend,
     inherit,
@@ -70,7 +71,7 @@ def build(config) -> Stage:
     """
     check_choice("solver", config.solver, flow.SOLVERS)
     check_choice("frozen_dtype", config.frozen_dtype, FLOATS)
-    network = Network.create(config.model, config.pattern)
+    network = causal_network(config)
     transform = optimizer(config.optimizer, config.steps)
     grid = jnp.asarray(flow.grid(config.grid_steps, config.shift))
     wanted = flow.schedule(config.positions, config.shift)[:-1]

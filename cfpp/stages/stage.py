@@ -13,7 +13,7 @@ import optax
 from cfpp import flow
 from cfpp.attention.pattern import Pattern
 from cfpp.models import codec, shapes
-from cfpp.models.network import Condition, Params
+from cfpp.models.network import Condition, Network, Params
 
 Metrics = dict[str, jax.Array]
 
@@ -83,6 +83,20 @@ def check_sigma_range(field: str, limits: Sequence[float]) -> None:
     """Raises ValueError if a field of the config is no range of noise levels."""
     if len(limits) != 2 or not 0 <= limits[0] < limits[1] <= 1:
         raise ValueError(f"{field} must be a range within 0 and 1, got {limits}")
+
+
+def causal_network(config: ml_collections.ConfigDict) -> Network:
+    """The network of a stage whose frames see those before them.
+
+    Raises:
+      ValueError: the pattern lets all frames see all, or there is no such network.
+    """
+    if config.pattern.chunk is None:
+        raise ValueError(
+            f"pattern.chunk is None, with which all frames see all; stage {config.stage} needs at "
+            "least 1"
+        )
+    return Network.create(config.model, config.pattern)
 
 
 def unpack(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:

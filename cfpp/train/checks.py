@@ -109,11 +109,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             "config.model.dtype is float16, in which small gradients become 0; train in bfloat16"
         )
     chunk, window = config.pattern.chunk, config.pattern.window
-    is_causal = config.stage != "bidirectional"
-    if is_causal and chunk is None:
-        raise UserError(
-            "config.pattern.chunk is None, with which all frames see all; give at least 1"
-        )
+    is_causal = chunk is not None
     if is_causal and config.sample_every and window is None:
         raise UserError(
             "config.pattern.window is None, but sample videos are streamed in a window; give one, "
@@ -183,9 +179,9 @@ def tell_of_streams(config: ml_collections.ConfigDict) -> None:
     Args:
       config: of a stage that can be built.
     """
-    if config.stage == "bidirectional":
-        return
     pattern, frames = Pattern(**config.pattern), config.data.frames
+    if pattern.chunk is None:
+        return
     if pattern.window is not None and pattern.window > frames:
         logging.warning(
             "config.pattern.window is %d, but clips of config.data.frames=%d show at most as many; "
@@ -318,17 +314,18 @@ def check_parents(
                 "config.drop_rate=0 and knows no unconditional prediction; use guidance 1"
             )
         most = int(parent.get("given_rate", 0.0) > 0)
-        if parent.stage == "bidirectional" and config.get("given", most) > most:
+        is_causal = parent.pattern.chunk is not None
+        if not is_causal and config.get("given", most) > most:
             logging.warning(
                 "%s was trained with %d given frames at most, and config.given is %d",
                 where,
                 most,
                 config.given,
             )
-        if role == "real" and parent.stage == "bidirectional":
+        if role == "real" and not is_causal:
             theirs, own = parent.data.frames, config.data.frames
             if theirs != own:
                 logging.warning("%s has learned clips of %d frames, not of %d", where, theirs, own)
         theirs, own = parent.pattern.to_dict(), config.pattern.to_dict()
-        if parent.stage != "bidirectional" and theirs != own:
+        if is_causal and theirs != own:
             logging.warning("%s was trained with config.pattern %s, not %s", where, theirs, own)

@@ -56,7 +56,7 @@ def draw(
     condition = {name: clips[name] for name in ("actions", "text") if name in clips}
     rng = jax.random.key(config.seed)
     network = Network.create(config.model, config.pattern)
-    if config.stage == "bidirectional":
+    if network.pattern.chunk is None:
         sampler = euler(BASE_STEPS, config.shift)
         video = generate.bidirectional_clip(network, state.ema, context, condition, rng, sampler)
     else:

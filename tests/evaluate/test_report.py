@@ -19,11 +19,11 @@ from cfpp.evaluate import __main__ as command_line
 from cfpp.evaluate import job, measure, metrics, models, probe, report, table
 from cfpp.models.network import Network
 from cfpp.train import stored, workdirs
-from configs import common, quickstart, stage1, stage2
+from configs import quickstart, stage0, stage1, stage2, stage3
 from tests import tiny
 
 SETTINGS = dict(episodes=6, frames=4, starts=2, samples=8, probe_steps=2)
-STAGES = ("bidirectional", "ar_diffusion", "dmd")
+STAGES = {"bidirectional": stage0, "ar_diffusion": stage1, "dmd": stage3}
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def store(monkeypatch, config, params=None):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_models_generate(stage, monkeypatch):
-    config = common.base(stage, common.parse("smoke"))
+    config = STAGES[stage].get_config("smoke")
     config.model.update(
         {"dim": 32, "ffn_dim": 32, "heads": 1, "layers": 1, "height": 16, "width": 16}
     )
@@ -312,7 +312,7 @@ def test_an_undistilled_teacher_takes_the_schedule_of_its_student(monkeypatch):
 
 
 def test_a_base_of_single_frames_continues_none(monkeypatch):
-    config = common.base("bidirectional", common.parse("smoke"))
+    config = stage0.get_config("smoke")
     config.data.frames = 1
     store(monkeypatch, config)
     (row,) = models.find_rows({pathlib.Path("x"): config})
