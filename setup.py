@@ -34,6 +34,7 @@ setup(
         f"jax>={JAX}",
         "matplotlib>=3.10",
         "ml-collections>=1.1",
+        "ml-dtypes>=0.5",
         "numpy>=2.2",
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",

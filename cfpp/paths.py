@@ -4,6 +4,8 @@ import os
 
 from etils import epath
 
+from cfpp.errors import UserError
+
 
 def is_remote(path: epath.PathLike) -> bool:
     """Whether a path is in a bucket and not on a disk."""
@@ -18,6 +20,12 @@ def absolute(path: epath.PathLike) -> epath.Path:
     scheme, colon, rest = os.fspath(path).rpartition("://")
     whole = os.path.normpath(rest) if scheme else os.path.abspath(rest)
     return epath.Path(scheme + colon + whole)
+
+
+def refuse_existing(path: epath.PathLike) -> None:
+    """Raises UserError if there is something, so that nothing is overwritten."""
+    if epath.Path(path).exists():
+        raise UserError(f"{path} exists and is not overwritten; choose another folder")
 
 
 def replace_text(path: epath.PathLike, text: str) -> None:

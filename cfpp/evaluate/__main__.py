@@ -1,4 +1,4 @@
-"""Evaluates the finished models of a work directory on held-out episodes, into WORKDIR/report.
+"""Evaluates the finished models of a work directory on held-out episodes, into a report.
 
 python -m cfpp.evaluate --workdir=runs/quickstart
 python -m cfpp.evaluate --workdir=runs/stage2 --episodes=128
@@ -20,14 +20,15 @@ def main(arguments: list[str] | None = None) -> None:
     """
     parser = ArgumentParser("cfpp.evaluate", __doc__)
     parser.add_argument("--workdir", required=True, help="of a stage, or of a job of several")
+    parser.add_argument("--out", help="new folder for the report; default: WORKDIR/report")
     for field in dataclasses.fields(Settings):
         parser.add_argument(
             f"--{field.name}", type=int, help=f"default: the job's own, or {field.default}"
         )
     flags = vars(parser.parse_args(arguments))
-    workdir = epath.Path(flags.pop("workdir"))
+    workdir, out = epath.Path(flags.pop("workdir")), flags.pop("out")
     given = {name: value for name, value in flags.items() if value is not None}
-    job.run(workdir, Settings(**(job.stored_settings(workdir) | given)))
+    job.run(workdir, Settings(**(job.stored_settings(workdir) | given)), out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from cfpp import paths
 from cfpp.evaluate import measure, metrics, models, report, table
 from cfpp.evaluate.measure import Settings, Yardstick
 from cfpp.train import workdirs
@@ -32,8 +33,13 @@ def is_reported(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> b
     return is_whole and made_of == wanted
 
 
-def run(workdir: epath.PathLike, settings: Settings) -> None:
-    """Evaluates the finished models of a work directory, into `workdir/report`.
+def run(workdir: epath.PathLike, settings: Settings, out: epath.PathLike | None = None) -> None:
+    """Evaluates the finished models of a work directory.
+
+    Args:
+      workdir: of a stage, or of a job of several; or an export.
+      settings: what to measure.
+      out: a new folder for the report; None is `workdir/report`, where it may replace another.
 
     Raises:
       UserError: nothing has finished there, a model cannot be read or can continue nothing, the
@@ -41,7 +47,9 @@ def run(workdir: epath.PathLike, settings: Settings) -> None:
     """
     begin = time.monotonic()
     stages = models.find_stages(workdir)
-    folder = epath.Path(workdir) / "report"
+    if out:
+        paths.refuse_existing(out)
+    folder = epath.Path(out or epath.Path(workdir) / "report")
     report.reserve(folder)
     data_config = next(iter(stages.values())).data
     yardstick = measure.prepare(data_config, settings)

@@ -144,7 +144,7 @@ def export(path: epath.PathLike, out: epath.PathLike, dtype: str = "float32") ->
     Raises:
       UserError: `out` exists, cannot be written, or there is no model.
     """
-    _refuse_existing(out)
+    paths.refuse_existing(out)
     model = find(path)
     config = model.config.copy_and_resolve_references().unlock()
     config.model.attention = "auto"
@@ -163,15 +163,10 @@ def write(config: ml_collections.ConfigDict, params: Params, out: epath.PathLike
       UserError: `out` exists or cannot be written.
       MismatchError: the parameters are not of `config.model`.
     """
-    _refuse_existing(out)
+    paths.refuse_existing(out)
     network = Network.create(config.model, config.pattern)
     shapes.check(nn.meta.unbox(network.shapes()), params, "the given network")
     _write(config, jax.device_put(params, items.host_memory()), out)
-
-
-def _refuse_existing(out: epath.PathLike) -> None:
-    if epath.Path(out).exists():
-        raise UserError(f"{out} exists and is not overwritten; choose another folder")
 
 
 def _write(config: ml_collections.ConfigDict, params: Params, out: epath.PathLike) -> None:

@@ -78,11 +78,14 @@ class Links(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
+def test_report_of_a_quickstart(workdir, tmp_path, monkeypatch, capsys):
     loaded = freeze(monkeypatch)
     config = workdirs.read_config(workdir)
     assert not job.is_reported(config, workdir)
-    job.run(workdir, measure.Settings(**config.evaluate))
+    command_line.main([f"--workdir={workdir}", f"--out={tmp_path / 'elsewhere'}"])
+    assert f"the report is in {tmp_path / 'elsewhere'}\n" in capsys.readouterr().out
+    assert not job.is_reported(config, workdir)
+    (tmp_path / "elsewhere").rename(workdir / "report")
     folder = workdir / "report"
     assert job.is_reported(config, workdir)
     results = json.loads((folder / "results.json").read_text())
@@ -99,7 +102,6 @@ def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
     with config.unlocked():
         config.evaluate.episodes = 5
     assert not job.is_reported(config, workdir)
-    assert str(folder) in capsys.readouterr().out
 
     results = json.loads((folder / "results.json").read_text())
     keys = [row["key"] for row in results["rows"]]
@@ -246,6 +248,8 @@ def test_settings_out_of_range(workdir):
         measure.Settings(seed=2**32)
     with pytest.raises(UserError, match="test split of arena has"):
         job.run(workdir / "stage1", measure.Settings(episodes=100))
+    with pytest.raises(UserError, match="stage1 exists and is not overwritten; choose another"):
+        job.run(workdir / "stage1", measure.Settings(), workdir / "stage1")
 
 
 def test_report_that_cannot_be_written(workdir, monkeypatch):
