@@ -43,7 +43,7 @@ def test_law_of_a_solver():
 @pytest.mark.slow(250)
 def test_recipe_matches_the_law_of_every_frame(tmp_path):
     """In a process whose programs are compiled well, as they run for minutes, and by one thread."""
-    flags = os.environ["XLA_FLAGS"] + " --xla_backend_optimization_level=1"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
     environment = os.environ | {"NPROC": "1", "XLA_FLAGS": flags}
     command = [sys.executable, "-m", "tests.proof.networks", tmp_path / "clips.npz"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
