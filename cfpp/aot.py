@@ -264,6 +264,7 @@ def run(config: Config, name: str, sizes: str | None, sweep: bool, out: str | No
         raise UserError(f"--config has several jobs, {', '.join(config.jobs)}; give one stage's")
     config = config.copy_and_resolve_references()
     checks.validate(config)
+    checks.check_pattern(config)
     devices = topology.devices(name)
     print(f"{config.stage} on {name}, {len(devices)} devices")
     tried = [mesh.sizes(sizes) if sizes else dict(config.mesh)]

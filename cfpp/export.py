@@ -19,7 +19,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of nearly all weights (%(default)s); bfloat16 is half the size, to roll out from",
+        help="of nearly all weights (%(default)s); bfloat16 is half the size, and to a model that "
+        "computes in it the same",
     )
     flags = parser.parse_args(arguments)
 

@@ -47,6 +47,7 @@ def test_wan(stage):
     config = config_of(stage, "wan_1_3b")
     checks.validate(config)
     built = checks.build_stage(config)
+    checks.check_pattern(config)
     assert count(config.model, config.pattern) == WAN_1_3B
     shapes = pipeline.batch_shapes(config)
     assert shapes.keys() == {"video", "text"}
@@ -125,8 +126,7 @@ def test_the_quickstart_is_evaluated_as_any_stage_is():
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_has_a_miniature(stage, arg):
     config = config_of(stage, arg)
-    checks.validate(config)
-    checks.build_stage(config)
+    checks.check(config)
     assert count(config.model, config.pattern) < 500_000
 
 
@@ -179,6 +179,27 @@ def test_fields_that_cannot_be(field, value, message):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
         checks.check(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"num_actions": 3},
+            "action_feature is empty; .* tfds:x, or set config.data.num_actions=0",
+        ),
+        (
+            {"text_feature": ""},
+            "text_feature is empty; .* tfds:x, or set config.data.text_tokens=0",
+        ),
+        ({"video_feature": ""}, "video_feature is empty; name the feature of tfds:x$"),
+    ],
+)
+def test_features_without_a_name(fields, message):
+    config = config_of("stage1", "wan_1_3b")
+    config.data.update({"name": "tfds:x", **fields})
+    with pytest.raises(UserError, match=message):
+        checks.validate(config)
 
 
 @pytest.mark.parametrize("field, value", [("frames", 100), ("context", 53), ("episodes", 513)])

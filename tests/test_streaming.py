@@ -451,7 +451,10 @@ def test_damaged_data_are_told(workdir, tmp_path):
         ("model", "dim", "x", "config.json is damaged, model.dim is 'x'; it must be at least 1"),
         ("model", "dim", 48, r"is of another model: parameter .* is float32\[.*24.*\] there"),
         ("pattern", "window", None, "the model's pattern has no window"),
+        (None, "stage", "bidirectional", "damaged, pattern.chunk of stage 0 is 1, not null"),
+        ("data", "latents", True, "is a model of latents; this program streams RGB pixels"),
         ("data", "name", None, "it has no field data.name"),
+        ("data", "channels", None, "it has no field data.channels"),
         (None, "guidance", None, "it has no field guidance"),
     ],
 )
@@ -474,7 +477,7 @@ def test_a_stored_model_may_leave_its_number_of_actions_to_the_networks_default(
         del model[field]
     fields = {
         "stage": "consistency", "model": model, "pattern": {"window": 3}, "shift": 3.0,
-        "init_from": {}, "data": {"name": "", "directory": ""},
+        "init_from": {}, "data": {"name": "", "directory": "", "channels": 3},
     }  # fmt: skip
     stored.write(ml_collections.ConfigDict(fields), tiny.params(net), tmp_path / "export")
     arguments = [f"--checkpoint={tmp_path / 'export'}", f"--out={tmp_path / 'x.mp4'}", "--scale=1"]

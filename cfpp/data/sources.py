@@ -105,11 +105,11 @@ class Episodes:
         self._check(index, video, actions)
         episode = {"video": video, "actions": actions.astype(np.int32)}
         if self._latents:
-            episode["video"] = video.astype(ml_dtypes.bfloat16)
+            episode["video"] = self._rounded(index, self._video, video)
         if self._text:
             text = np.asarray(record[self._text])
             self._check_text(index, text)
-            episode["text"] = text.astype(ml_dtypes.bfloat16)
+            episode["text"] = self._rounded(index, self._text, text)
         if self._has_states:
             episode["states"] = record["states"]
         return episode
@@ -144,6 +144,14 @@ class Episodes:
                 f"configuration asks for floats [{length}, {size}]; set data.text_tokens and "
                 "data.text_dim, or prepare the dataset like that"
             )
+
+    def _rounded(self, index: int, name: str, array: np.ndarray) -> np.ndarray:
+        rounded = array.astype(ml_dtypes.bfloat16)
+        if not np.isfinite(rounded).all():
+            raise UserError(
+                f"{self._where(index)}: '{name}' has numbers that are not finite; prepare it again"
+            )
+        return rounded
 
     def _where(self, index: int) -> str:
         return f"episode {index} of {self.directory}"

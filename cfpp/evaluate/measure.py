@@ -88,7 +88,7 @@ def _check_kind(data_config: ml_collections.ConfigDict) -> None:
         if data_config[field]:
             raise UserError(
                 f"{data_config.name} gives {kind} (data.{field}), and the evaluation is of RGB "
-                "pixels steered by actions alone"
+                "pixels steered by actions alone; train stage by stage, without it"
             )
 
 

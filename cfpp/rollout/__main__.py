@@ -150,7 +150,7 @@ def load(
     model = stored.find(path)
     network, config = as_asked(options, model.network()), model.config
     dit = network.dit
-    if dit.text_dim or dit.channels != 3:
+    if dit.text_dim or dit.channels != 3 or config.data.get("latents"):
         raise UserError(
             f"{path} is a model of {'text' if dit.text_dim else 'latents'}; this program streams "
             "RGB pixels from actions, and cfpp.rollout.stream.Player all others"

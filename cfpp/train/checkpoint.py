@@ -154,6 +154,7 @@ def _put_aside(path: epath.Path) -> None:
 
 def has_begun(workdir: epath.PathLike) -> bool:
     """Whether a run has a checkpoint to go on from. All processes ask together, and agree."""
+    hosts.meet("looked for a checkpoint")  # before a collective, which would give up
     return bool(hosts.from_first(items.steps(epath.Path(workdir) / "checkpoints")))
 
 

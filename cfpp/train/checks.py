@@ -82,8 +82,8 @@ def check(config: ml_collections.ConfigDict) -> stages.Stage:
     validate(config)
     sources.check(config.data)
     stage = build_stage(config)
+    check_pattern(config)
     program.batch_sharding(stage, config, mesh.create(config.mesh))  # that all divides
-    tell_of_streams(config)
     return stage
 
 
@@ -91,7 +91,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Checks the numbers that stages have in common, and that data and model fit one another.
 
     Raises:
-      UserError: names the first that is out of range.
+      UserError: names the first field that cannot be.
     """
     fields = traverse_util.flatten_dict(config.to_dict(), sep=".")
     for name, (low, high) in RANGES.items():
@@ -108,27 +108,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             "config.model.dtype is float16, in which small gradients become 0; train in bfloat16"
         )
-    chunk, window = config.pattern.chunk, config.pattern.window
-    is_causal = chunk is not None
-    if is_causal and config.sample_every and window is None:
-        raise UserError(
-            "config.pattern.window is None, but sample videos are streamed in a window; give one, "
-            "or set config.sample_every=0"
-        )
-    if is_causal:
-        check_history(config.pattern)
-    first = config.pattern.first_chunk or chunk
-    if is_causal and config.data.frames <= first:
-        raise UserError(
-            f"config.data.frames is {config.data.frames}: with a first chunk of {first} frames no "
-            f"chunk sees a frame before it; give at least {first + 1}"
-        )
     is_steered = config.model.num_actions or config.model.text_dim
     if not is_steered and config.get("guidance", 1.0) != 1.0:
         raise UserError(
             f"config.guidance is {config.guidance}, but the model takes neither actions nor text; "
             "use guidance 1"
         )
+    _check_data(config)
+
+
+def _check_data(config: ml_collections.ConfigDict) -> None:
     is_recorded = not config.data.name.startswith("tfds:")
     recordings = {"latents": False, "channels": 3, "text_tokens": 0, "text_dim": 0}
     for name, value in recordings.items():
@@ -152,6 +141,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.data.text_dim is {config.data.text_dim} and config.data.text_tokens is "
             f"{config.data.text_tokens}; give both, or neither"
         )
+    features = {"video": True, "action": config.data.num_actions, "text": config.data.text_tokens}
+    for name, is_taken in features.items():
+        if is_taken and not is_recorded and not config.data[f"{name}_feature"]:
+            asked = {"action": "num_actions", "text": "text_tokens"}.get(name)
+            raise UserError(
+                f"config.data.{name}_feature is empty; name the feature of {config.data.name}"
+                + (f", or set config.data.{asked}=0" if asked else "")
+            )
     if is_recorded and config.data.frames > config.data.episode_frames:
         raise UserError(
             f"config.data.frames is {config.data.frames}, but episodes have "
@@ -159,7 +156,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def check_history(pattern: Pattern | ml_collections.ConfigDict) -> None:
+def check_history(pattern: Pattern) -> None:
     """Checks that the window of a causal pattern, if it has one, holds more than a chunk.
 
     Raises:
@@ -173,15 +170,32 @@ def check_history(pattern: Pattern | ml_collections.ConfigDict) -> None:
         )
 
 
-def tell_of_streams(config: ml_collections.ConfigDict) -> None:
-    """Tells where streams of a causal model will see what no clip of its training shows.
+def check_pattern(config: ml_collections.ConfigDict) -> None:
+    """Checks that clips and sample videos show a causal model some history.
+
+    It also tells where streams will see what no clip of its training shows.
 
     Args:
       config: of a stage that can be built.
+
+    Raises:
+      UserError: they do not.
     """
     pattern, frames = Pattern(**config.pattern), config.data.frames
     if pattern.chunk is None:
         return
+    if config.sample_every and pattern.window is None:
+        raise UserError(
+            "config.pattern.window is None, but sample videos are streamed in a window; give one, "
+            "or set config.sample_every=0"
+        )
+    check_history(pattern)
+    first = pattern.first_chunk or pattern.chunk
+    if frames <= first:
+        raise UserError(
+            f"config.data.frames is {frames}: with a first chunk of {first} frames no chunk sees a "
+            f"frame before it; give at least {first + 1}"
+        )
     if pattern.window is not None and pattern.window > frames:
         logging.warning(
             "config.pattern.window is %d, but clips of config.data.frames=%d show at most as many; "

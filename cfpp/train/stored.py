@@ -44,6 +44,8 @@ class Stored:
         workdirs.require(self.config, where, needed(self.config))
         try:
             network = Network.create(self.config.model, self.config.pattern)
+            if self.config.stage == "bidirectional" and network.pattern.chunk is not None:
+                raise ValueError(f"pattern.chunk of stage 0 is {network.pattern.chunk}, not null")
         except ValueError as error:
             raise UserError(f"{where} is damaged, {error}; restore it") from error
         wanted = nn.meta.unbox(network.shapes())
@@ -126,7 +128,7 @@ def needed(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     """The fields that a stage's stored configuration must have for a rollout of its model."""
     # In a student, guidance is distilled; a bidirectional model is sampled without, in clips.
     own = {"ar_diffusion": ("guidance",), "bidirectional": ("data.frames",)}
-    return (*FIELDS, "pattern", "shift", "data.name", *own.get(config.stage, ()))
+    return (*FIELDS, "pattern", "shift", "data.name", "data.channels", *own.get(config.stage, ()))
 
 
 def export(path: epath.PathLike, out: epath.PathLike, dtype: str = "float32") -> None:

@@ -71,17 +71,22 @@ def encoded(split):
         yield np.full((5, 4, 6, 5), number, np.float32), np.full((3, 7), number, np.float32)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_latents_and_texts(tmp_path, monkeypatch, workers):
-    monkeypatch.chdir(tmp_path)
-    write_videos(tmp_path)
-    videos, latents = programs(tmp_path)
+def prepare(folder, monkeypatch, encoded):
+    """What the page's second program writes, at smaller sizes."""
+    monkeypatch.chdir(folder)
+    write_videos(folder)
+    videos, latents = programs(folder)
     for size, smaller in SIZES.items():
         assert size in latents
         latents = latents.replace(size, smaller)
     names = {"my_encoded": encoded}
     exec(videos, names)
     exec(latents, names)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_latents_and_texts(tmp_path, monkeypatch, workers):
+    prepare(tmp_path, monkeypatch, encoded)
     (command,) = re.findall(r"```\n(python -m cfpp.main --config=\S*stage1.*?)```", PAGE, re.DOTALL)
     assert "configs/stage1.py:wan_1_3b" in command
     config = configured(
@@ -103,3 +108,15 @@ def test_latents_and_texts(tmp_path, monkeypatch, workers):
     assert jobs.run(config, str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"^tfds:my_clips gives latents \(data\.latents\), and the"):
         evaluation.main([f"--workdir={tmp_path / 'run'}"])
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_what_float16_does_not_hold_is_told(tmp_path, monkeypatch):
+    prepare(tmp_path, monkeypatch, lambda split: [(np.full((5, 4, 6, 5), 1e5), np.zeros((3, 7)))])
+    config = stage1.get_config("wan_1_3b").data
+    sizes = {"frames": 5, "height": 4, "width": 6, "channels": 5, "text_tokens": 3, "text_dim": 7}
+    config.update({"name": "tfds:my_clips", "directory": str(tmp_path), **sizes})
+    with pytest.raises(
+        UserError, match=r"^episode 0 of .*my_clips.*: 'video' has numbers that are"
+    ):
+        sources.prepare(config)

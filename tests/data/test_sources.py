@@ -221,6 +221,7 @@ class Plays(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "clip": recording.tensor((None, 8, 16, 3), np.uint8),
             "button": tfds.features.Tensor(shape=(None,), dtype=np.int64),
             "depth": tfds.features.Tensor(shape=(None, 2), dtype=np.float32),
+            "words": tfds.features.Tensor(shape=(3, 7), dtype=np.float32),
             "states": tfds.features.Tensor(shape=(7,), dtype=np.float32),  # not as the arena's
         }
         return tfds.core.DatasetInfo(
@@ -239,6 +240,7 @@ class Plays(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     "clip": rng.integers(256, size=(9 + i, 8, 16, 3), dtype=np.uint8),
                     "button": np.arange(9 + i) % 3,
                     "depth": np.zeros((9 + i, 2), np.float32),
+                    "words": np.full((3, 7), i, np.float32),
                     "states": np.zeros(7, np.float32),
                 },
             )
@@ -329,7 +331,10 @@ def test_of_a_single_split_the_last_tenth_is_kept_for_testing(tmp_path):
             {"height": 32, "width": 32},
             "'clip' is uint8 [9, 8, 16, 3], but the configuration asks for uint8 [T, 32, 32, 3]",
         ),
-        ({"video_feature": "video"}, "has no feature 'video'; it has button, clip, depth, states"),
+        (
+            {"video_feature": "video"},
+            "has no feature 'video'; it has button, clip, depth, states, ",
+        ),
         ({"action_feature": "action"}, "has no feature 'action'"),
         ({"video_feature": "depth"}, "'depth' is float32 [9, 2]"),
         ({"action_feature": "depth"}, "'depth' is float32 [9, 2], but should be one integer"),

@@ -432,7 +432,7 @@ def test_a_parent_of_another_pattern_is_told(finished, tmp_path, caplog):
     ],
 )
 def test_streams_that_are_not_as_training_are_told(changes, told, caplog):
-    checks.tell_of_streams(fake.config(**changes))
+    checks.check_pattern(fake.config(**changes))
     messages = [record.getMessage() for record in caplog.records]
     assert any(told in message for message in messages) if told else not messages
 
@@ -486,12 +486,12 @@ def test_a_window_without_history_is_refused():
     pattern = {"chunk": 3, "window": 4, "sink": 1}
     told = "window is 4: with a sink of 1 and chunks of 3 frames no chunk sees .* at least 5$"
     with pytest.raises(UserError, match=told):
-        checks.validate(fake.config(pattern=pattern))
-    checks.validate(fake.config(pattern=pattern | {"window": 5}))
+        checks.check_pattern(fake.config(pattern=pattern))
+    checks.check_pattern(fake.config(pattern=pattern | {"window": 5}))
     for changes, first in (({"chunk": 20, "window": 40}, 20), ({"first_chunk": 8}, 8)):
         told = f"data.frames is 8: with a first chunk of {first} frames .* at least {first + 1}$"
         with pytest.raises(UserError, match=told):
-            checks.validate(fake.config(data={"frames": 8}, pattern=changes))
+            checks.check_pattern(fake.config(data={"frames": 8}, pattern=changes))
 
 
 def test_samples_are_asked_for(tmp_path):
