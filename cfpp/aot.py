@@ -264,12 +264,13 @@ def run(config: Config, name: str, sizes: str | None, sweep: bool, out: str | No
         raise UserError(f"--config has several jobs, {', '.join(config.jobs)}; give one stage's")
     config = config.copy_and_resolve_references()
     checks.validate(config)
+    stage = checks.build_stage(config)
     checks.check_pattern(config)
     devices = topology.devices(name)
     print(f"{config.stage} on {name}, {len(devices)} devices")
     tried = [mesh.sizes(sizes) if sizes else dict(config.mesh)]
     if sweep:
-        tried = list(meshes(config, checks.build_stage(config), len(devices)))
+        tried = list(meshes(config, stage, len(devices)))
         if not tried:
             raise UserError(
                 f"no mesh of {len(devices)} chips divides config.batch_size {config.batch_size} by "

@@ -1,13 +1,14 @@
 """Runs of real stages, for what the fake one of `tests/train` cannot show."""
 
 import shutil
+from unittest import mock
 
-import jax
-import numpy as np
 import pytest
 
-from cfpp.train import jobs, stored
-from configs import common, stage0, stage1, stage2
+from cfpp.models.network import Network
+from cfpp.train import items, jobs, samples, stored
+from configs import common, stage0, stage1
+from tests import tiny
 from tests.data.test_sources import prepare_plays
 
 
@@ -38,18 +39,19 @@ def config_of(stage, folder, **fields):
 def test_samples_are_told_their_texts(folder, stage):
     texts = {"data.text_feature": "words", "data.text_tokens": 3, "data.text_dim": 7}
     config = config_of(stage, folder, sample_every=1, **texts)
-    assert jobs.run(config, folder / config.stage)
-    assert (folder / config.stage / "samples/000001.png").exists()
+    params = tiny.params(Network.create(config.model, config.pattern))
+    written = mock.Mock()
+    samples.draw(config, mock.Mock(ema=params), 1, written, folder / config.stage)
+    assert (folder / config.stage / "samples/000001.mp4").exists()
+    assert written.write_images.called
 
 
 def test_a_stage_goes_on_without_its_parents_and_where_its_data_are(folder):
-    assert jobs.run(config_of(stage1, folder), folder / "teacher")
-    fields = {"init_from.teacher": str(folder / "teacher"), "grid_doublings": 0}
-    for name, steps in (("once", 2), ("twice", 1)):
-        assert jobs.run(config_of(stage2, folder, steps=steps, **fields), folder / name)
-    shutil.rmtree(folder / "teacher")
+    assert jobs.run(config_of(stage0, folder), folder / "parent")
+    fields = {"init_from.base": str(folder / "parent"), "resample.rate": 0.0}
+    assert jobs.run(config_of(stage1, folder, **fields), folder / "child")
+    shutil.rmtree(folder / "parent")
     moved = shutil.copytree(folder / "data", folder / "moved/data").parent
-    assert jobs.run(config_of(stage2, moved, steps=2, **fields), folder / "twice")
-    once, twice = (stored.find(folder / name).load() for name in ("once", "twice"))
-    jax.tree.map(np.testing.assert_array_equal, once, twice)
-    assert stored.find(folder / "twice").config.data.directory == str(moved / "data")
+    assert jobs.run(config_of(stage1, moved, steps=2, **fields), folder / "child")
+    assert items.steps(folder / "child/checkpoints") == [1, 2]
+    assert stored.find(folder / "child").config.data.directory == str(moved / "data")

@@ -488,7 +488,7 @@ def test_a_window_without_history_is_refused():
     with pytest.raises(UserError, match=told):
         checks.check_pattern(fake.config(pattern=pattern))
     checks.check_pattern(fake.config(pattern=pattern | {"window": 5}))
-    for changes, first in (({"chunk": 20, "window": 40}, 20), ({"first_chunk": 8}, 8)):
+    for changes, first in (({"chunk": 20, "window": 40}, 20), ({"first_chunk": 8, "window": 9}, 8)):
         told = f"data.frames is 8: with a first chunk of {first} frames .* at least {first + 1}$"
         with pytest.raises(UserError, match=told):
             checks.check_pattern(fake.config(data={"frames": 8}, pattern=changes))
