@@ -284,7 +284,8 @@ def test_a_configuration_without_what_is_needed_is_told(tmp_path):
     with pytest.raises(UserError, match="it has no field steps"):
         evaluation_command.main([f"--workdir={tmp_path}"])
     model = MODEL["model"] | {"layers": 1}
-    fields = {"stage": "bidirectional", "data": {"directory": "", "name": "arena"}, "init_from": {}}
+    data = {"directory": "", "name": "arena", "channels": 3}
+    fields = {"stage": "bidirectional", "data": data, "init_from": {}}
     fields |= {"steps": 1, "batch_size": 1, "pattern": {}, "shift": 1.0, "model": model}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match=r"it has no field data\.frames"):
