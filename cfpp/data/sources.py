@@ -120,11 +120,9 @@ class Episodes:
         if not is_kind or video.shape[1:] != self._picture or not len(video):
             height, width, channels = self._picture
             kind, more = ("floats", ", data.channels") if self._latents else ("uint8", "")
-            raise UserError(
-                f"{where}: '{self._video}' is {video.dtype} {list(video.shape)}, but the "
-                f"configuration asks for {kind} [T, {height}, {width}, {channels}]; set "
-                f"data.latents, data.height, data.width{more}, or prepare the dataset like that"
-            )
+            wanted = f"{kind} [T, {height}, {width}, {channels}]"
+            fields = f"data.latents, data.height, data.width{more},"
+            raise self._unlike(index, self._video, video, wanted, fields)
         if actions.shape != video.shape[:1] or not np.issubdtype(actions.dtype, np.integer):
             raise UserError(
                 f"{where}: '{self._actions}' is {actions.dtype} {list(actions.shape)}, but should "
@@ -138,12 +136,19 @@ class Episodes:
 
     def _check_text(self, index: int, text: np.ndarray) -> None:
         if not _is_float(text) or text.shape != self._embedding:
-            length, size = self._embedding
-            raise UserError(
-                f"{self._where(index)}: '{self._text}' is {text.dtype} {list(text.shape)}, but the "
-                f"configuration asks for floats [{length}, {size}]; set data.text_tokens and "
-                "data.text_dim, or prepare the dataset like that"
+            wanted, fields = (
+                f"floats {list(self._embedding)}",
+                "data.text_tokens and data.text_dim,",
             )
+            raise self._unlike(index, self._text, text, wanted, fields)
+
+    def _unlike(
+        self, index: int, name: str, array: np.ndarray, wanted: str, fields: str
+    ) -> UserError:
+        return UserError(
+            f"{self._where(index)}: '{name}' is {array.dtype} {list(array.shape)}, but the "
+            f"configuration asks for {wanted}; set {fields} or prepare the dataset like that"
+        )
 
     def _rounded(self, index: int, name: str, array: np.ndarray) -> np.ndarray:
         rounded = array.astype(ml_dtypes.bfloat16)

@@ -25,6 +25,11 @@ Params = Any
 Condition = dict[str, jax.Array]
 
 
+def condition_of(batch: dict[str, jax.Array]) -> Condition:
+    """What a batch, or held-out clips, have of a condition, as it is."""
+    return {name: batch[name] for name in ("actions", "text") if name in batch}
+
+
 def of_frames(condition: Condition, frames: Any) -> Condition:
     """The condition of some of a clip's frames, by index or slice; a text is that of all."""
     return {name: x[:, frames] if name == "actions" else x for name, x in condition.items()}

@@ -13,7 +13,7 @@ import optax
 from cfpp import flow
 from cfpp.attention.pattern import Pattern
 from cfpp.models import codec, shapes
-from cfpp.models.network import Condition, Network, Params
+from cfpp.models.network import Condition, Network, Params, condition_of
 
 Metrics = dict[str, jax.Array]
 
@@ -110,8 +110,7 @@ def unpack(batch: dict[str, jax.Array]) -> tuple[jax.Array, Condition]:
       The latents, float32 `[B, F, H, W, C]`, of pixels in [-1, 1]; the condition: what the batch
       has of actions and text, as it is.
     """
-    condition = {name: batch[name] for name in ("actions", "text") if name in batch}
-    return codec.encode(batch["video"]), condition
+    return codec.encode(batch["video"]), condition_of(batch)
 
 
 def inherit(template: Params, parent: Params | None) -> Params:

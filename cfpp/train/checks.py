@@ -141,13 +141,13 @@ def _check_data(config: ml_collections.ConfigDict) -> None:
             f"config.data.text_dim is {config.data.text_dim} and config.data.text_tokens is "
             f"{config.data.text_tokens}; give both, or neither"
         )
-    features = {"video": True, "action": config.data.num_actions, "text": config.data.text_tokens}
-    for name, is_taken in features.items():
+    for name, count in {"video": None, "action": "num_actions", "text": "text_tokens"}.items():
+        is_taken = count is None or config.data[count]
         if is_taken and not is_recorded and not config.data[f"{name}_feature"]:
-            asked = {"action": "num_actions", "text": "text_tokens"}.get(name)
+            or_none = f", or set config.data.{count}=0" if count else ""
             raise UserError(
                 f"config.data.{name}_feature is empty; name the feature of {config.data.name}"
-                + (f", or set config.data.{asked}=0" if asked else "")
+                f"{or_none}"
             )
     if is_recorded and config.data.frames > config.data.episode_frames:
         raise UserError(

@@ -37,8 +37,7 @@ def run(config: Config, workdir: str, profile: bool = False) -> bool:
     folders = {name: os.path.join(workdir, name) if name else workdir for name in jobs}
     resolved = {name: workdirs.resolve(job, folders[name]) for name, job in jobs.items()}
     done = {name for name in jobs if checkpoint.is_finished(folders[name], jobs[name].steps)}
-    begun = {name for name in jobs if checkpoint.has_begun(folders[name])}
-    _check_jobs(resolved, folders, done, begun)
+    _check_jobs(resolved, folders, done)
     if "evaluate" in config:
         from cfpp import evaluate  # SciPy's statistics take a while
 
@@ -87,16 +86,13 @@ def _jobs(config: Config) -> dict[str, Config]:
     return {name: _absolute(config[name], inside=True) for name in config.jobs}
 
 
-def _check_jobs(
-    jobs: dict[str, Config], folders: dict[str, str], done: set[str], begun: set[str]
-) -> None:
+def _check_jobs(jobs: dict[str, Config], folders: dict[str, str], done: set[str]) -> None:
     """Checks the stages that are still to be trained, as far as that goes without their data.
 
     Args:
       jobs: all of them by name, with the paths that they are trained with.
       folders: their working directories.
       done: names of those that have finished.
-      begun: names of those that go on from a checkpoint, which need their parents no more.
 
     Raises:
       UserError: something cannot be, a parent among the jobs included.
@@ -107,7 +103,7 @@ def _check_jobs(
         if name not in done:
             with _naming(name):
                 stage = checks.check(job)
-                if name not in begun:
+                if not checkpoint.has_begun(folders[name]):  # then it needs its parents
                     checks.check_parents(job, stage, find)
         before[folders[name]] = job
 

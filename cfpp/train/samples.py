@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 from cfpp import media
 from cfpp.data import pipeline
 from cfpp.errors import UserError
-from cfpp.models.network import Network
+from cfpp.models.network import Network, condition_of
 from cfpp.parallel import hosts
 from cfpp.rollout import generate
 from cfpp.rollout.sampler import euler
@@ -52,8 +52,7 @@ def draw(
       workdir: of the run.
     """
     clips = pipeline.test_clips(config.data, CLIPS, config.data.frames)
-    context = clips["video"][:, :1]
-    condition = {name: clips[name] for name in ("actions", "text") if name in clips}
+    context, condition = clips["video"][:, :1], condition_of(clips)
     rng = jax.random.key(config.seed)
     network = Network.create(config.model, config.pattern)
     if network.pattern.chunk is None:

@@ -78,14 +78,11 @@ class Links(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_report_of_a_quickstart(workdir, tmp_path, monkeypatch, capsys):
+def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
     loaded = freeze(monkeypatch)
     config = workdirs.read_config(workdir)
     assert not job.is_reported(config, workdir)
-    command_line.main([f"--workdir={workdir}", f"--out={tmp_path / 'elsewhere'}"])
-    assert f"the report is in {tmp_path / 'elsewhere'}\n" in capsys.readouterr().out
-    assert not job.is_reported(config, workdir)
-    (tmp_path / "elsewhere").rename(workdir / "report")
+    job.run(workdir, measure.Settings(**config.evaluate))
     folder = workdir / "report"
     assert job.is_reported(config, workdir)
     results = json.loads((folder / "results.json").read_text())
@@ -102,6 +99,7 @@ def test_report_of_a_quickstart(workdir, tmp_path, monkeypatch, capsys):
     with config.unlocked():
         config.evaluate.episodes = 5
     assert not job.is_reported(config, workdir)
+    assert str(folder) in capsys.readouterr().out
 
     results = json.loads((folder / "results.json").read_text())
     keys = [row["key"] for row in results["rows"]]
@@ -250,6 +248,14 @@ def test_settings_out_of_range(workdir):
         job.run(workdir / "stage1", measure.Settings(episodes=100))
     with pytest.raises(UserError, match="stage1 exists and is not overwritten; choose another"):
         job.run(workdir / "stage1", measure.Settings(), workdir / "stage1")
+
+
+def test_a_report_elsewhere(workdir, tmp_path, monkeypatch, capsys):
+    freeze(monkeypatch)
+    out, sizes = tmp_path / "elsewhere", [f"--{name}={n}" for name, n in SETTINGS.items()]
+    command_line.main([f"--workdir={workdir / 'stage0'}", f"--out={out}", *sizes])
+    assert f"the report is in {out}\n" in capsys.readouterr().out
+    assert (out / "index.html").exists() and not (workdir / "stage0/report").exists()
 
 
 def test_report_that_cannot_be_written(workdir, monkeypatch):
