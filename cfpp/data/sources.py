@@ -121,7 +121,7 @@ class Episodes:
             height, width, channels = self._picture
             kind, more = ("floats", ", data.channels") if self._latents else ("uint8", "")
             wanted = f"{kind} [T, {height}, {width}, {channels}]"
-            fields = f"data.latents, data.height, data.width{more},"
+            fields = f"data.latents, data.height, data.width{more}"
             raise self._unlike(index, self._video, video, wanted, fields)
         if actions.shape != video.shape[:1] or not np.issubdtype(actions.dtype, np.integer):
             raise UserError(
@@ -136,10 +136,8 @@ class Episodes:
 
     def _check_text(self, index: int, text: np.ndarray) -> None:
         if not _is_float(text) or text.shape != self._embedding:
-            wanted, fields = (
-                f"floats {list(self._embedding)}",
-                "data.text_tokens and data.text_dim,",
-            )
+            wanted = f"floats {list(self._embedding)}"
+            fields = "data.text_tokens and data.text_dim"
             raise self._unlike(index, self._text, text, wanted, fields)
 
     def _unlike(
@@ -147,7 +145,7 @@ class Episodes:
     ) -> UserError:
         return UserError(
             f"{self._where(index)}: '{name}' is {array.dtype} {list(array.shape)}, but the "
-            f"configuration asks for {wanted}; set {fields} or prepare the dataset like that"
+            f"configuration asks for {wanted}; set {fields}, or prepare the dataset like that"
         )
 
     def _rounded(self, index: int, name: str, array: np.ndarray) -> np.ndarray:
