@@ -1,15 +1,16 @@
-"""Pictures and videos in and out: mp4 files, png files, tiled videos, film strips.
+"""Pictures and videos in and out: mp4 and png files, npy files of latents, tiles, film strips.
 
 Videos are uint8 `[frames, height, width, 3]`, images uint8 `[height, width, 3]`, RGB.
 """
 
+import contextlib
 import functools
 import io
 import os
 import pathlib
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from cfpp import paths
-from cfpp.errors import UserError
+from cfpp.errors import UserError, one_line
 
 PAPER = (255, 255, 255)
 INK = (24, 28, 36)
@@ -137,6 +138,108 @@ def write_mp4(
     with Mp4Writer(path, frames_per_second, scale) as writer:
         for frame in video:
             writer.append(frame)
+
+
+class NpyWriter:
+    """Writes one latent after another to an npy file, float32 `[T, H, W, C]`, in constant memory.
+
+        with NpyWriter("play.npy") as writer:
+            for latent in latents:        # floats [H, W, C], all of one size
+                writer.append(latent)
+
+    The head says how many there are, so it is written once more at the end; NumPy leaves room for
+    any number there.
+
+    Args:
+      path: the file to write; an existing one is replaced. To a bucket it is copied when it is
+        complete.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        self._path = epath.Path(path)
+        self._file = None
+        self._frames, self._shape = 0, None
+        check_writable(self._path)
+
+    def append(self, latent: np.ndarray) -> None:
+        """Adds one latent, floats `[H, W, C]`."""
+        latent = np.ascontiguousarray(latent, np.float32)
+        if self._shape not in (None, latent.shape):
+            raise ValueError(f"the first latent was {self._shape}, this one is {latent.shape}")
+        with self._faults():
+            if self._file is None:
+                is_remote = paths.is_remote(self._path)
+                self._file = tempfile.TemporaryFile() if is_remote else open(self._path, "wb")
+                self._shape = latent.shape
+                self._write_head()
+            self._file.write(latent.data)
+        self._frames += 1
+
+    def close(self) -> None:
+        """Completes the file."""
+        if self._file is None:
+            return
+        with self._faults(), contextlib.closing(self._file):
+            self._write_head()
+            if paths.is_remote(self._path):
+                self._file.seek(0)
+                self._path.write_bytes(self._file.read())
+
+    def _write_head(self) -> None:
+        descr = np.lib.format.dtype_to_descr(np.dtype(np.float32))
+        shape = (self._frames, *self._shape)
+        self._file.seek(0)
+        np.lib.format.write_array_header_1_0(
+            self._file, {"descr": descr, "fortran_order": False, "shape": shape}
+        )
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._path}: the latents could not be written ({error})") from error
+
+    def __enter__(self) -> "NpyWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def read_floats(path: epath.PathLike, *shape: int | None) -> np.ndarray:
+    """Reads an npy file of floats.
+
+    Args:
+      path: the file.
+      shape: its sizes; None is any.
+
+    Returns:
+      float32 of that shape.
+
+    Raises:
+      UserError: no such file, none of floats, of another shape, or with numbers that are not
+        finite.
+    """
+    try:
+        with epath.Path(path).open("rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as an npy file ({one_line(error)})") from error
+    fits = len(array.shape) == len(shape) and all(
+        size in (None, found) for size, found in zip(shape, array.shape, strict=True)
+    )
+    if not fits or not np.issubdtype(array.dtype, np.floating):
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise UserError(
+            f"{path} is {array.dtype} {list(array.shape)}, but the model wants floats [{sizes}]"
+        )
+    if not np.isfinite(array).all():
+        raise UserError(f"{path} has numbers that are not finite")
+    return array.astype(np.float32)
 
 
 def read_image(path: epath.PathLike, height: int, width: int) -> np.ndarray:

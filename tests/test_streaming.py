@@ -205,7 +205,7 @@ def test_starts_from_a_held_out_frame_or_from_noise(workdir, capsys):
     assert capsys.readouterr().out == ""
     options = command.parse(["--checkpoint=export"])
     assert [x.shape for x in command.first_frames(options, config)] == [(1, 0, 32, 32, 3), (1, 0)]
-    said = "starting from noise: an export comes without frames; --first_frame=PICTURE starts"
+    said = "starting from noise: an export comes without data; --first_frame=PICTURE starts"
     assert capsys.readouterr().out == f"{said} from a frame\n"
     with config.unlocked():
         config.data.name = ""  # as of Wan
@@ -375,7 +375,7 @@ def test_the_model_runs_as_asked(workdir, tmp_path):
     with pytest.raises(UserError, match=r"--guidance: .* was trained with config\.drop_rate=0"):
         stream(workdir, *flags)
     none = command.parse([f"--workdir={workdir}", "--guidance=1"])
-    assert command.load(none)[0].guidance is None
+    assert command.load(none, stored.find(workdir))[0].guidance is None
     folder = shutil.copytree(workdir, tmp_path / "dropped")
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"drop_rate": 0.1}))
@@ -452,7 +452,6 @@ def test_damaged_data_are_told(workdir, tmp_path):
         ("model", "dim", 48, r"is of another model: parameter .* is float32\[.*24.*\] there"),
         ("pattern", "window", None, "the model's pattern has no window"),
         (None, "stage", "bidirectional", "damaged, pattern.chunk of stage 0 is 1, not null"),
-        ("data", "latents", True, "is a model of latents; this program streams RGB pixels"),
         ("data", "name", None, "it has no field data.name"),
         ("data", "channels", None, "it has no field data.channels"),
         (None, "guidance", None, "it has no field guidance"),
@@ -470,21 +469,83 @@ def test_a_configuration_that_is_not_the_models(workdir, tmp_path, group, field,
         command.run(command.parse([f"--checkpoint={tmp_path / 'export'}", "--frames=1"]))
 
 
-def test_a_stored_model_may_leave_its_number_of_actions_to_the_networks_default(tmp_path):
-    net = tiny.network(Pattern(window=3), channels=3, num_actions=0)
+def write_student(net, folder):
+    """An export of a network with random parameters, which takes no actions."""
     model = {field.name: getattr(net.dit, field.name) for field in dataclasses.fields(net.dit)}
     for field in ("parent", "name", "num_actions"):
         del model[field]
     fields = {
         "stage": "consistency", "model": model, "pattern": {"window": 3}, "shift": 3.0,
-        "init_from": {}, "data": {"name": "", "directory": "", "channels": 3},
+        "init_from": {}, "data": {"name": "", "directory": "", "channels": net.dit.channels},
     }  # fmt: skip
-    stored.write(ml_collections.ConfigDict(fields), tiny.params(net), tmp_path / "export")
+    stored.write(ml_collections.ConfigDict(fields), tiny.params(net), folder)
+
+
+def test_a_stored_model_may_leave_its_number_of_actions_to_the_networks_default(tmp_path):
+    write_student(tiny.network(Pattern(window=3), channels=3, num_actions=0), tmp_path / "export")
     arguments = [f"--checkpoint={tmp_path / 'export'}", f"--out={tmp_path / 'x.mp4'}", "--scale=1"]
     command.run(command.parse([*arguments, "--frames=2"]))
     assert len(imageio.imread(tmp_path / "x.mp4")) == 2
     with pytest.raises(UserError, match="--actions: the model takes none"):
         command.run(command.parse([*arguments, "--actions=1"]))
+    with pytest.raises(UserError, match="--text: the model takes none"):
+        command.run(command.parse([*arguments, "--text=x.npy"]))
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """An export of a student of latents and texts, a text and a latent to start from."""
+    folder = tmp_path_factory.mktemp("told")
+    net = tiny.network(Pattern(window=3), num_actions=0, text_dim=7)
+    write_student(net, folder / "export")
+    rng = np.random.default_rng(0)
+    np.save(folder / "text.npy", rng.standard_normal((3, 7), np.float32))
+    np.save(folder / "latent.npy", rng.standard_normal((8, 12, 2)).astype(np.float16))
+    return folder
+
+
+def stream_told(folder, *arguments):
+    options = [f"--checkpoint={folder / 'export'}", "--frames=4", "--steps=2", *arguments]
+    command.run(command.parse(options))
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_latents_stream_from_a_text(told, given):
+    start = [f"--first_frame={told / 'latent.npy'}"] * given
+    out = told / "x.npy"
+    stream_told(told, f"--text={told / 'text.npy'}", f"--out={out}", *start)
+    model = stored.find(told / "export")
+    network = model.network()
+    player = Player(
+        generate.for_stage(network, model.config, 2),
+        network.for_inference(model.load()),
+        np.load(told / "latent.npy")[None, None, :][:, :given].astype(np.float32),
+        {"text": np.load(told / "text.npy")[None]},
+        jax.random.key(0),
+    )
+    expected = np.concatenate([player.play()[0] for _ in range(4)])
+    np.testing.assert_array_equal(np.load(out), expected)
+    assert np.load(out).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"^--text is missing, and an export comes without data; give an \.npy of embeddings"),
+        (["--text=nowhere.npy"], r"^nowhere\.npy cannot be read as an npy file \(.*No such file"),
+        (["--text=latent.npy"], r"float16 \[8, 12, 2\], but the model wants floats \[any, 7\]$"),
+        (["--first_frame=text.npy"], r"\[3, 7\], but the model wants floats \[8, 12, 2\]$"),
+        (["--first_frame=export/config.json"], r"config\.json cannot be read as an npy file"),
+        (["--out=x.mp4"], r"^--out=x\.mp4: latents are an NPY; give a name that ends in \.npy$"),
+        (["--guidance=2"], "^in a student guidance is distilled"),
+    ],
+)
+def test_refusals_of_latents(told, monkeypatch, arguments, message):
+    monkeypatch.chdir(told)
+    text = ["--text=text.npy"] if arguments else []
+    with pytest.raises(UserError, match=message) as error:
+        stream_told(told, *text, *arguments)
+    assert "\n" not in str(error.value)
 
 
 def test_no_model(tmp_path):

@@ -56,7 +56,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--random_actions", action="store_true", help="held random actions (the default)"
     )
     parser.add_argument(
-        "--first_frame", help="a picture to start from; by default a held-out frame"
+        "--first_frame",
+        help="a picture to start from, or a latent [H, W, C] in an .npy; default: a held-out frame",
+    )
+    parser.add_argument(
+        "--text", help="an .npy of a text's embeddings [tokens, size]; default: a held-out clip's"
     )
     parser.add_argument("--guidance", type=float, help="a teacher's weight; default: as trained")
     parser.add_argument("--window", type=int, help="frames to remember; default: as trained")
@@ -72,7 +76,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=int, default=8, help="enlargement of the video")
-    parser.add_argument("--out", default="rollout.mp4", help="the video file to write")
+    parser.add_argument(
+        "--out",
+        help="the file to write, an .mp4, or an .npy of latents; default: rollout.mp4 or .npy",
+    )
     return parser.parse_args(arguments)
 
 
@@ -112,49 +119,105 @@ def first_frames(
     """What to start from: the picture given, else a held-out frame of the run's data, else nothing.
 
     Returns:
-      uint8 `[1, K, H, W, 3]`, K = 1 or 0; and the actions that led there, int32 `[1, K]`, 0 for a
-      picture.
+      uint8 `[1, K, H, W, 3]` or, of latents, float32 `[1, K, H, W, C]`, K = 1 or 0; and the actions
+      that led there, int32 `[1, K]`, 0 for a picture.
 
     Raises:
       UserError: the picture cannot be used, or the data are damaged.
     """
-    height, width = config.model.height, config.model.width
+    height, width, channels = (config.model[name] for name in ("height", "width", "channels"))
+    latents = has_latents(config)
+    if options.first_frame and latents:
+        frame = media.read_floats(options.first_frame, height, width, channels)
+    elif options.first_frame:
+        frame = media.read_image(options.first_frame, height, width)
     if options.first_frame:
-        picture = media.read_image(options.first_frame, height, width)
-        return picture[None, None], np.zeros((1, 1), np.int32)
-    if options.workdir:
-        try:
-            clip = pipeline.test_clips(config.data, 1, 1)
-            return clip["video"], clip["actions"]
-        except sources.MissingError as error:
-            why = str(error)
-    else:
-        why = "an export comes without frames"
+        return frame[None, None], np.zeros((1, 1), np.int32)
+    dtype = np.float32 if latents else np.uint8
+    clip, why = held_out(options, config)
+    if clip:
+        return clip["video"].astype(dtype), clip["actions"]
+    kind = "FILE.npy" if latents else "PICTURE"
     trained = ", as the model was trained to" if config.get("given") else ""
-    print(f"starting from noise: {why}; --first_frame=PICTURE starts from a frame{trained}")
-    return np.zeros((1, 0, height, width, 3), np.uint8), np.zeros((1, 0), np.int32)
+    print(f"starting from noise: {why}; --first_frame={kind} starts from a frame{trained}")
+    return np.zeros((1, 0, height, width, channels), dtype), np.zeros((1, 0), np.int32)
 
 
-def load(
-    options: argparse.Namespace,
-) -> tuple[generate.Rollout, ml_collections.ConfigDict, Params]:
-    """The rollout that is asked for, its stage's configuration, and the parameters.
+def text_of(
+    options: argparse.Namespace, config: ml_collections.ConfigDict, text_dim: int
+) -> generate.Condition:
+    """The text given, else that of the held-out clip: float32 `[1, length, text_dim]` as `text`.
+
+    Nothing where the model takes none.
+
+    Raises:
+      UserError: there is no text, it is of another size, or the model takes none.
+    """
+    if not text_dim:
+        if options.text:
+            raise UserError("--text: the model takes none")
+        return {}
+    if options.text:
+        return {"text": media.read_floats(options.text, None, text_dim)[None]}
+    clip, why = held_out(options, config)
+    if clip is None:
+        raise UserError(
+            f"--text is missing, and {why}; give an .npy of embeddings, floats [tokens, {text_dim}]"
+        )
+    return {"text": clip["text"].astype(np.float32)}
+
+
+def held_out(
+    options: argparse.Namespace, config: ml_collections.ConfigDict
+) -> tuple[dict[str, np.ndarray] | None, str]:
+    """A held-out clip of one frame, of the run's data, or why none is taken."""
+    if not options.workdir:
+        return None, "an export comes without data"
+    if options.text:
+        return None, "--text comes without a frame"
+    try:
+        return pipeline.test_clips(config.data, 1, 1), ""
+    except sources.MissingError as error:
+        return None, str(error)
+
+
+def has_latents(config: ml_collections.ConfigDict) -> bool:
+    """Whether a stage's model is of a video autoencoder's latents, and not of pixels."""
+    return config.data.get("latents", False) or config.model.channels != 3
+
+
+def destination(options: argparse.Namespace, config: ml_collections.ConfigDict) -> str:
+    """The file to write.
+
+    Raises:
+      UserError: its name is not that of what it will hold.
+    """
+    latents = has_latents(config)
+    kind, suffix = ("latents are an NPY", ".npy") if latents else ("the video is an MP4", ".mp4")
+    out = options.out or f"rollout{suffix}"
+    if not out.lower().endswith(suffix):
+        raise UserError(f"--out={out}: {kind}; give a name that ends in {suffix}")
+    return out
+
+
+def writer_of(path: str, scale: int) -> media.Mp4Writer | media.NpyWriter:
+    """The writer of frames to a file, by its name."""
+    if path.lower().endswith(".npy"):
+        return media.NpyWriter(path)
+    return media.Mp4Writer(path, FRAMES_PER_SECOND, scale)
+
+
+def load(options: argparse.Namespace, model: stored.Stored) -> tuple[generate.Rollout, Params]:
+    """The rollout that is asked for, and the parameters.
 
     These are laid out over the devices of the ambient mesh if there is one.
 
     Raises:
-      UserError: there is no such model, it is not one of pixels and actions, it cannot run so, or
-        it does not divide over the mesh.
+      UserError: the model cannot run so, or it does not divide over the mesh.
     """
-    path = options.workdir or options.checkpoint
-    model = stored.find(path)
-    network, config = as_asked(options, model.network()), model.config
+    path, config = model.folder, model.config
+    network = as_asked(options, model.network())
     dit = network.dit
-    if dit.text_dim or dit.channels != 3 or config.data.get("latents"):
-        raise UserError(
-            f"{path} is a model of {'text' if dit.text_dim else 'latents'}; this program streams "
-            "RGB pixels from actions, and cfpp.rollout.stream.Player all others"
-        )
     rollout = generate.for_stage(
         network,
         config,
@@ -164,8 +227,10 @@ def load(
         fused=not options.latency,
     )
     if options.guidance not in (None, 1.0):
-        if not dit.num_actions:
-            raise UserError(f"--guidance: the model of {path} takes no actions to be guided by")
+        if not (dit.num_actions or dit.text_dim):
+            raise UserError(
+                f"--guidance: the model of {path} takes no actions or text to be guided by"
+            )
         if checks.is_untaught(config, lambda parent: stored.find(parent).config):
             raise UserError(
                 f"--guidance: {path} was trained with config.drop_rate=0 and knows no "
@@ -176,7 +241,7 @@ def load(
         device_mesh = jax.sharding.get_mesh()
         mesh.check(device_mesh, config.model)
         sharding = mesh.state_shardings(network.shapes(), device_mesh)
-    return rollout, config, network.for_inference(model.load(sharding))
+    return rollout, network.for_inference(model.load(sharding))
 
 
 def as_asked(options: argparse.Namespace, network: Network) -> Network:
@@ -226,9 +291,8 @@ def run(options: argparse.Namespace) -> None:
     least, most = checks.RANGES["guidance"]
     if options.guidance is not None and not least <= options.guidance <= most:
         raise UserError(f"--guidance is {options.guidance:g}; it must be {least:g} to {most:g}")
-    if not options.out.lower().endswith(".mp4"):
-        raise UserError(f"--out={options.out}: the video is an MP4; give a name that ends in .mp4")
-    media.check_writable(options.out)
+    if options.out:
+        media.check_writable(options.out)
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed is {options.seed}; it must be at least 0 and less than 2**32")
     with contextlib.ExitStack() as stack:
@@ -239,11 +303,15 @@ def run(options: argparse.Namespace) -> None:
 
 def stream(options: argparse.Namespace) -> None:
     """Streams on the devices of the ambient mesh, or on one; see `run`."""
-    rollout, config, params = load(options)
-    actions = steering(options, rollout.network.dit.num_actions)
-    context, given = first_frames(options, config)
+    model = stored.find(options.workdir or options.checkpoint)
+    out = destination(options, model.config)
+    rollout, params = load(options, model)
+    dit = rollout.network.dit
+    actions = steering(options, dit.num_actions)
+    context, given = first_frames(options, model.config)
+    condition = {"actions": given} | text_of(options, model.config, dit.text_dim)
     key = jax.random.key(options.seed)
-    player = lambda: Player(rollout, params, context, {"actions": given}, key)
+    player = lambda: Player(rollout, params, context, condition, key)
     chunk = rollout.network.pattern.chunk
 
     def play(player):
@@ -258,7 +326,7 @@ def stream(options: argparse.Namespace) -> None:
     latency, done = None, 0
     seconds, timed = 0.0, 0  # of the frames after the first chunk
     with (
-        media.Mp4Writer(options.out, FRAMES_PER_SECOND, options.scale) as writer,
+        writer_of(out, options.scale) as writer,
         tqdm(total=options.frames, unit="frame") as progress,
         interruption() as interrupted,
     ):
@@ -280,10 +348,10 @@ def stream(options: argparse.Namespace) -> None:
             begin = time.perf_counter()
 
     ended = "" if done == options.frames else f", interrupted: {options.frames} were asked for"
-    print(f"{options.out}: {done} frames by the {config.stage} model{ended}")
+    print(f"{out}: {done} frames by the {model.config.stage} model{ended}")
     print(f"first frame after: {1000 * latency:.1f} ms, the cache filled and all compiled")
     if timed:
-        print(f"then: {timed / seconds:.0f} frames/s, the video encoder not counted")
+        print(f"then: {timed / seconds:.0f} frames/s, the writing of the file not counted")
     print(f"network passes a frame: {rollout.passes / chunk:g}")
 
 

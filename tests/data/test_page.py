@@ -12,6 +12,7 @@ from cfpp import evaluate, media
 from cfpp.data import pipeline, sources
 from cfpp.errors import UserError
 from cfpp.evaluate import __main__ as evaluation
+from cfpp.rollout import __main__ as rollout_command
 from cfpp.train import checks, jobs
 from configs import quickstart, stage1
 
@@ -47,7 +48,7 @@ def test_own_videos(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_videos(tmp_path)
     exec(programs(tmp_path)[0], {})
-    (command,) = re.findall(r"```\n(python -m cfpp.main.*?)python", PAGE, re.DOTALL)
+    (command,) = re.findall(r"```\n(python -m cfpp.main[^`]*?)python", PAGE, re.DOTALL)
     (variant,) = re.findall(r"--config=configs/quickstart.py:(\w+)", command)
     config = quickstart.get_config(variant)
     configured(config, command, **{"data.directory": str(tmp_path)})
@@ -107,6 +108,15 @@ def test_latents_and_texts(tmp_path, monkeypatch):
     assert jobs.run(config, str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"^tfds:my_clips gives latents \(data\.latents\), and the"):
         evaluation.main([f"--workdir={tmp_path / 'run'}"])
+    np.save("text.npy", np.zeros((3, 7)))
+    np.save("latent.npy", np.zeros((4, 6, 5)))
+    rollouts = re.findall(r"python -m cfpp.rollout (.*clip\.npy)", PAGE)
+    assert len(rollouts) == 3
+    for rollout in rollouts:
+        arguments = rollout.replace("runs/stage3", "run").replace("=21", "=3").split()
+        rollout_command.run(rollout_command.parse([*arguments, "--steps=2"]))
+        clip = np.load("clip.npy")
+        assert clip.shape == (3, 4, 6, 5) and clip.dtype == np.float32
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")

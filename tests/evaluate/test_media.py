@@ -53,6 +53,38 @@ def test_interrupted_stream_leaves_a_complete_file(tmp_path):
     assert len(read_mp4(tmp_path / "x.mp4")[1]) == 5
 
 
+def test_npy_holds_the_latents_however_many(tmp_path):
+    latents = np.random.default_rng(0).standard_normal((12, 4, 6, 5)).astype(np.float16)
+    for frames in (1, 12):
+        with media.NpyWriter(tmp_path / "x.npy") as writer:
+            for latent in latents[:frames]:
+                writer.append(latent)
+        found = np.load(tmp_path / "x.npy")
+        np.testing.assert_array_equal(found, latents[:frames])
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(media.read_floats(tmp_path / "x.npy", None, 4, 6, 5), found)
+    with pytest.raises(KeyboardInterrupt):
+        with media.NpyWriter(tmp_path / "x.npy") as writer:
+            writer.append(latents[0])
+            raise KeyboardInterrupt
+    assert np.load(tmp_path / "x.npy").shape == (1, 4, 6, 5)
+
+
+def test_npy_faults(tmp_path):
+    with pytest.raises(UserError, match="nowhere is not a directory"):
+        media.NpyWriter(tmp_path / "nowhere" / "x.npy")
+    with pytest.raises(UserError, match=r"could not be written .*No space left"):
+        with media.NpyWriter("/dev/full") as writer:
+            writer.append(np.zeros((64, 64, 64)))
+    with media.NpyWriter(tmp_path / "x.npy") as writer:
+        writer.append(np.zeros((2, 2, 1)))
+        with pytest.raises(ValueError, match="the first latent was"):
+            writer.append(np.zeros((2, 3, 1)))
+    np.save(tmp_path / "x.npy", np.array([0, np.nan]))
+    with pytest.raises(UserError, match=r"x\.npy has numbers that are not finite"):
+        media.read_floats(tmp_path / "x.npy", 2)
+
+
 def test_mp4_faults(tmp_path):
     with pytest.raises(UserError, match="nowhere is not a directory"):
         media.write_mp4(tmp_path / "nowhere" / "x.mp4", squares(1))
