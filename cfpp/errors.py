@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -18,7 +19,8 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An exception, what it was raised from, what that was raised from, and so on."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        before = None if error.__suppress_context__ else error.__context__  # `from None`
+        error = error.__cause__ or before
 
 
 def one_line(error: Exception) -> str:
@@ -68,11 +70,17 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        """Reads the command line; of an option that is empty, as `--out=$UNSET` is, it tells."""
+        """Reads the command line.
+
+        Of an option that is empty, as `--out=$UNSET` is, it tells; and `~` is the home directory
+        after `=` too, where no shell says so.
+        """
         options = super().parse_args(args, namespace)
         for name, value in vars(options).items():
             if value == "" and self.get_default(name) != "":
                 self.error(f"--{name} is empty; give it a value")
+            if isinstance(value, str):
+                setattr(options, name, os.path.expanduser(value))
         return options
 
     def error(self, message: str) -> NoReturn:

@@ -13,12 +13,12 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path from the root on, without '..'.
+    """The path from the root on, without '..' and with the home directory for '~'.
 
     In a bucket too: `epath` and `os.path` would look for it in the current directory.
     """
     scheme, colon, rest = os.fspath(path).rpartition("://")
-    whole = os.path.normpath(rest) if scheme else os.path.abspath(rest)
+    whole = os.path.normpath(rest) if scheme else os.path.abspath(os.path.expanduser(rest))
     return epath.Path(scheme + colon + whole)
 
 

@@ -11,12 +11,12 @@ from unittest import mock
 import ml_collections
 import pytest
 
-from cfpp import export
+from cfpp import export, paths
 from cfpp.errors import UserError
 from cfpp.evaluate import __main__ as evaluation_command
 from cfpp.models.network import FIELDS
 from cfpp.rollout import __main__ as rollout_command
-from cfpp.train import checkpoint, items, jobs, loop, stored
+from cfpp.train import checkpoint, items, jobs, loop, stored, workdirs
 from configs import quickstart
 from tests.train import fake
 
@@ -80,6 +80,23 @@ def test_mistakes_of_other_commands_are_one_line(module):
 def test_an_empty_option_is_told(empty, other):
     with pytest.raises(UserError, match=f"^{empty} is empty; give it a value$"):
         export.main([f"{empty}=", f"{other}=x"])
+
+
+def test_the_home_directory_may_be_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert paths.absolute("~/run") == tmp_path / "run"
+    assert rollout_command.parse(["--workdir=~/run"]).workdir == str(tmp_path / "run")
+
+
+def test_a_cause_that_was_set_aside_is_none():
+    def fail():
+        try:
+            os.stat("/nowhere")
+        except OSError:
+            raise KeyError("a fault of the program") from None
+
+    with pytest.raises(KeyError), workdirs.disk_faults("x", "mend that"):
+        fail()
 
 
 def test_stages_of_a_job_share_model_and_mesh():

@@ -375,7 +375,8 @@ def test_the_model_runs_as_asked(workdir, tmp_path):
     with pytest.raises(UserError, match=r"--guidance: .* was trained with config\.drop_rate=0"):
         stream(workdir, *flags)
     none = command.parse([f"--workdir={workdir}", "--guidance=1"])
-    assert command.load(none, stored.find(workdir))[0].guidance is None
+    model = stored.find(workdir)
+    assert command.load(none, model, model.network())[0].guidance is None
     folder = shutil.copytree(workdir, tmp_path / "dropped")
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"drop_rate": 0.1}))

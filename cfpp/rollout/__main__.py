@@ -207,8 +207,10 @@ def writer_of(path: str, scale: int) -> media.Mp4Writer | media.NpyWriter:
     return media.Mp4Writer(path, FRAMES_PER_SECOND, scale)
 
 
-def load(options: argparse.Namespace, model: stored.Stored) -> tuple[generate.Rollout, Params]:
-    """The rollout that is asked for, and the parameters.
+def load(
+    options: argparse.Namespace, model: stored.Stored, network: Network
+) -> tuple[generate.Rollout, Params]:
+    """The rollout of a model's network that is asked for, and the parameters.
 
     These are laid out over the devices of the ambient mesh if there is one.
 
@@ -216,7 +218,7 @@ def load(options: argparse.Namespace, model: stored.Stored) -> tuple[generate.Ro
       UserError: the model cannot run so, or it does not divide over the mesh.
     """
     path, config = model.folder, model.config
-    network = as_asked(options, model.network())
+    network = as_asked(options, network)
     dit = network.dit
     rollout = generate.for_stage(
         network,
@@ -304,8 +306,9 @@ def run(options: argparse.Namespace) -> None:
 def stream(options: argparse.Namespace) -> None:
     """Streams on the devices of the ambient mesh, or on one; see `run`."""
     model = stored.find(options.workdir or options.checkpoint)
+    network = model.network()
     out = destination(options, model.config)
-    rollout, params = load(options, model)
+    rollout, params = load(options, model, network)
     dit = rollout.network.dit
     actions = steering(options, dit.num_actions)
     context, given = first_frames(options, model.config)

@@ -52,22 +52,32 @@ def run(config: Config, workdir: str, profile: bool = False) -> bool:
                 _prepare(resolved[name])
     if "evaluate" in config and len(done) < len(jobs):
         evaluate.check_clips(config.evaluate, data)
-    if "jobs" in config:
-        workdirs.claim(config, workdir)
+    with contextlib.ExitStack() as stack:
+        if "jobs" in config:
+            stack.enter_context(workdirs.alone(workdir))
+            workdirs.claim(config, workdir)
+        if not _train(jobs, folders, done, profile):
+            return False
+        if "evaluate" in config:
+            if hosts.is_first():
+                if len(done) < len(jobs) or not evaluate.is_reported(config, workdir):
+                    evaluate.run(workdir, evaluate.Settings(**config.evaluate))
+                else:
+                    print(f"the report is in {os.path.join(workdir, 'report')}")
+            hosts.meet("evaluated")
+    return True
+
+
+def _train(jobs: dict[str, Config], folders: dict[str, str], done: set[str], profile: bool) -> bool:
+    """Trains the stages one after another, but for those that are done; see `run`."""
     for name, job in jobs.items():
         with _naming(name):
             if name in done:
-                workdirs.claim(job, folders[name])
+                with workdirs.alone(folders[name]):
+                    workdirs.claim(job, folders[name])
                 print(f"{job.stage}: finished, all {job.steps} steps are in {folders[name]}")
             elif not loop.train(job, folders[name], profile):
                 return False
-    if "evaluate" in config:
-        if hosts.is_first():
-            if len(done) < len(jobs) or not evaluate.is_reported(config, workdir):
-                evaluate.run(workdir, evaluate.Settings(**config.evaluate))
-            else:
-                print(f"the report is in {os.path.join(workdir, 'report')}")
-        hosts.meet("evaluated")
     return True
 
 
@@ -139,8 +149,8 @@ def _absolute(config: Config, inside: bool = False) -> Config:
     """
 
     def absolute(path: str) -> str:
-        if not path or paths.is_remote(path) or (inside and path.startswith("..")):
+        if not path or (inside and path.startswith("..")):
             return path
-        return os.path.abspath(os.path.expanduser(path))
+        return os.fspath(paths.absolute(path))
 
     return workdirs.map_paths(absolute, config)

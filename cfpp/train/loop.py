@@ -53,11 +53,11 @@ def train(
     else:
         given = checks.parents(config, lambda path: stored.find(path).shapes())
     programs = programs_of(stage, config, given, device_mesh)
-    workdirs.claim(as_given, workdir)  # only now: a mistake leaves no trace
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.disk_faults(workdir, "mend that, then start again"))
-        stack.enter_context(workdirs.alone(workdir))
+        stack.enter_context(workdirs.alone(workdir))  # only now: a mistake leaves no trace
+        workdirs.claim(as_given, workdir)
         data = pipeline.train_batches(
             config.data,
             config.batch_size,

@@ -109,18 +109,20 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def alone(workdir: epath.PathLike) -> Iterator[None]:
-    """While open, no other job can train in `workdir`: the first process holds a lock on it.
+    """While open, no other job can claim or train in `workdir`, which is made if it is missing.
 
-    It ends with the process, however that ends. Buckets and some network disks know no locks; there
-    nothing is checked.
+    The first process holds a lock on it, which ends with the process, however that ends. Buckets
+    and some network disks know no locks; there nothing is checked.
 
     Raises:
-      UserError: another job holds it.
+      UserError: another job holds it, or the directory cannot be made.
     """
     if paths.is_remote(workdir) or not hosts.is_first():
         yield
         return
-    folder = os.open(workdir, os.O_RDONLY)
+    with disk_faults(workdir, "choose another --workdir"):
+        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+        folder = os.open(workdir, os.O_RDONLY)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

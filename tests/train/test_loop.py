@@ -197,6 +197,9 @@ def test_two_jobs_do_not_train_in_one_workdir(tmp_path):
     with workdirs.alone(tmp_path), pytest.raises(UserError, match="another job is training in /"):
         jobs.run(fake.config(steps=1), tmp_path)
     assert jobs.run(fake.config(steps=1), tmp_path)
+    with workdirs.alone(tmp_path), pytest.raises(UserError, match="another job is training in /"):
+        jobs.run(fake.config(steps=2), tmp_path)
+    assert workdirs.read_config(tmp_path).steps == 1  # still that of the job that holds it
 
 
 def test_checkpoints_without_a_config_are_not_overwritten(tmp_path):
