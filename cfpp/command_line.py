@@ -34,9 +34,9 @@ def parse(argv: list[str]) -> list[str]:
         raise UserError(_illegal_value(default, error)) from error
     except flags.Error as error:
         raise UserError(one_line(error)) from error
-    except (AttributeError, KeyError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise UserError(_unknown_field(argv, path, default, error)) from error
-    _check_tuples(default)
+    _check_values(default)
     if len(left_over) > 1:
         raise UserError(f"unexpected argument {left_over[1]!r}; options start with --")
     return left_over
@@ -66,11 +66,15 @@ def _illegal_value(default: Config, error: flags.IllegalFlagValueError) -> str:
     field = flag.partition("=")[0].removeprefix("--config.")
     value = config_path.get_value(field, default)
     if isinstance(value, Config):
-        inside = f"set --config.{field}.{next(iter(value))}, ..." if value else "give a dict"
-        return f"{flag}: this is a group of fields; {inside}"
+        return f"{flag}: {_is_group(field, value)}"
     wanted = config_path.get_type(field, default).__name__  # a placeholder's too
     default_value = "" if value is None else f", as the default {value!r}"
     return f"{flag}: give a value of type {wanted}{default_value}"
+
+
+def _is_group(field: str, group: Config) -> str:
+    inside = f"set --config.{field}.{next(iter(group))}, ..." if group else "give a dict"
+    return f"this is a group of fields; {inside}"
 
 
 def _unknown_field(argv: list[str], path: str, default: Config, error: Exception) -> str:
@@ -84,10 +88,12 @@ def _unknown_field(argv: list[str], path: str, default: Config, error: Exception
     raise error
 
 
-def _check_tuples(default: Config) -> None:
-    """Checks the elements of tuples on the command line, which `config_flags` leaves unchecked."""
+def _check_values(default: Config) -> None:
+    """Checks what `config_flags` lets pass: another group of fields, a tuple's elements."""
     for field, value in flags.FLAGS["config"].override_values.items():
         wanted = config_path.get_value(field, default)
+        if isinstance(wanted, Config) and wanted:
+            raise UserError(f"--config.{field}={value.to_dict()}: {_is_group(field, wanted)}")
         if isinstance(wanted, tuple) and wanted:
             kinds = {type(item) for item in wanted} | ({int} if type(wanted[0]) is float else set())
             if any(type(item) not in kinds for item in value):

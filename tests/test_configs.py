@@ -16,7 +16,7 @@ from cfpp.errors import UserError
 from cfpp.models.network import Network
 from cfpp.rollout import generate
 from cfpp.train import checks, jobs, program
-from configs import quickstart
+from configs import quickstart, stage1
 
 STAGES = ("stage0", "stage1", "stage2", "stage2_ode", "stage3")
 WAN_1_3B, WAN_14B = 1_418_996_800, 14_288_491_584  # parameters of the published weights
@@ -208,6 +208,12 @@ def test_more_held_out_clips_than_will_be_recorded(field, value):
     config.evaluate[field] = value
     with pytest.raises(UserError, match=r"arena is recorded with \d+ such held-out clips"):
         evaluate.check(config.evaluate, config.stage1.data)
+
+
+def test_a_nameless_source_is_no_recording():
+    config = stage1.get_config("wan_1_3b")
+    config.data.frames = config.pattern.window = 81
+    checks.validate(config)
 
 
 def test_training_without_a_source_of_latents_is_told(tmp_path):

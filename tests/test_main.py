@@ -45,6 +45,8 @@ def command(*arguments, module="cfpp.main"):
         ([STAGE1, "--config.steps=many"], "--config.steps=many: give a value of type int, as the"),
         ([STAGE1, "--config.steps=1.5"], "--config.steps=1.5: give a value of type int"),
         ([STAGE1, "--config.model=3"], "--config.model=3: this is a group of fields; set --config"),
+        ([STAGE1, "--config.ema={}"], "this is a group of fields; set --config.ema.decay"),
+        ([STAGE1, "--config.resample.sigma[5]=1"], "no such field; the nearest is resample.sigma"),
         (["--config=configs/stage3.py", "--config.real_model=3"], "a group of fields; give a dict"),
         (
             ["--config=configs/stage3.py", "--config.positions=(1,'a')"],

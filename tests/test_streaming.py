@@ -351,6 +351,12 @@ def test_a_prompt_counts_from_the_next_chunk_on():
     assert np.abs(frames["one"] - frames["other"]).max() > 1e-3
     with pytest.raises(ValueError, match=r"a text is \[2, 3, 4\], not \[1, length, 4\]"):
         players["one"].prompt(jnp.zeros((2, 3, 4)))
+    for condition, found in {(): "missing", (5,): r"\[1, 3, 5\]"}.items():
+        texts = {"text": np.zeros((1, 3, *condition))} if condition else {}
+        with pytest.raises(ValueError, match=rf"a text is {found}, not \[1, length, 4\]"):
+            Player(rollout, params, given, texts, key)
+        with pytest.raises(ValueError, match=r"a text is"):
+            Player(rollout, params, given, {"text": one}, key, texts or {"text": None})
     stronger = rollout.replace(guidance=3.0)
     Player(stronger, params, given, {"text": one}, key, {"text": null}).play()
     assert stream_module._generate._cache_size() == programs + 1  # any weight shares it

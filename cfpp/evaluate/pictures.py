@@ -65,7 +65,7 @@ def action_symbols(data: str, num_actions: int) -> Callable[[int], str]:
 
 
 def write_video(clips: np.ndarray, path: epath.Path) -> None:
-    """Writes a video of clips `[E, T, H, W, 3]`: many side by side, then the next ones."""
+    """Writes a video of clips `[E, T, H, W, 3]`: many side by side, then as many others."""
     columns = min(VIDEO_COLUMNS, math.isqrt(len(clips)))
     at_once = columns * columns
     whole = len(clips) // at_once * at_once

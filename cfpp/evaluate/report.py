@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import platform
+import tempfile
 from collections.abc import Iterator
 
 import jax
@@ -34,17 +35,17 @@ def read_job(workdir: epath.Path, stage: str, steps: int, batch_size: int) -> Jo
 
 
 def reserve(folder: epath.PathLike) -> None:
-    """Makes the folder of a report, and sees that it can be written, before that takes minutes.
+    """Sees that a report can be written to a folder, before that takes minutes, leaving no trace.
 
     Raises:
       UserError: it cannot.
     """
-    probe = epath.Path(folder) / "new"
-    if paths.is_remote(probe):
+    if paths.is_remote(folder):
         return  # buckets have no folders
-    with _writing(folder):
-        probe.mkdir(parents=True, exist_ok=True)
-        probe.rmdir()
+    folder = paths.absolute(folder)
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    with _writing(folder), tempfile.TemporaryDirectory(dir=place):
+        pass
 
 
 def write(report: Report, folder: epath.PathLike) -> None:

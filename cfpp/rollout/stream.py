@@ -35,7 +35,8 @@ class Player:
       null: what to guide away from, `{"text": ...}`; see `Network.with_null`.
 
     Raises:
-      ValueError: the pattern has no window; or an action of the given frames is missing or unknown.
+      ValueError: the pattern has no window; an action of the given frames is missing or unknown; or
+        a text is missing or of another shape.
     """
 
     def __init__(
@@ -54,6 +55,9 @@ class Player:
         if self._rollout.network.dit.num_actions:
             given = self._actions(condition.get("actions"), context.shape[:2])
             condition = condition | {"actions": given}
+        if self._rollout.network.dit.text_dim:
+            for text in (condition.get("text"), *(null or {}).values()):
+                self._check_text(text, context.shape[0])
         with self._ambient():
             started = _start(self._rollout, params, jnp.asarray(context), condition, null)
         self._stream = self._placed(started)
@@ -96,13 +100,18 @@ class Player:
         Raises:
           ValueError: it is of another shape, or the model has no text.
         """
-        batch, text_dim = self._stream.pending.shape[0], self._rollout.network.dit.text_dim
-        if text.ndim != 3 or text.shape[::2] != (batch, text_dim):
-            raise ValueError(f"a text is {list(text.shape)}, not [{batch}, length, {text_dim}]")
+        self._check_text(text, self._stream.pending.shape[0])
         condition = {"text": text}
         with self._ambient():
             told = _encode_text(self._rollout, self._params, condition, self._null)
         self._stream = self._stream.replace(text=self._placed(told))
+
+    def _check_text(self, text: jax.Array | None, batch: int) -> None:
+        """Raises ValueError if a text is missing or not one that the model takes."""
+        text_dim, shape = self._rollout.network.dit.text_dim, list(np.shape(text))
+        if len(shape) != 3 or shape[::2] != [batch, text_dim]:
+            found = "missing" if text is None else shape
+            raise ValueError(f"a text is {found}, not [{batch}, length, {text_dim}]")
 
     def _actions(self, actions: np.ndarray | None, shape: tuple[int, int]) -> jax.Array:
         """Checked actions: an unknown one would make NaN, and a missing one would count for all."""

@@ -232,8 +232,8 @@ def build(config) -> Stage:
         return last, (clip_rngs, jax.random.normal(noise_rng, x0.shape), sigma)
 
     def fresh_clip(params, x0, condition, rngs, last):
-        draw = lambda rng, frames, step: gaussian_noise(rng, x0.shape[2:])(frames, step)
-        noise = lambda frames, step: jax.vmap(draw, (0, None, None))(rngs, frames, step)
+        of_clip = lambda rng, frames, step: gaussian_noise(rng, x0.shape[2:])(frames, step)
+        noise = lambda frames, step: jax.vmap(of_clip, (0, None, None))(rngs, frames, step)
         return self_rollout(rollout, params, x0, condition, given, noise, last)
 
     def train_critic(state, x0, condition, rng):

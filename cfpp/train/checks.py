@@ -118,10 +118,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_data(config: ml_collections.ConfigDict) -> None:
-    is_recorded = not config.data.name.startswith("tfds:")
+    is_prepared = config.data.name.startswith("tfds:")
+    is_recorded = config.data.name and not is_prepared  # without a name it is only compiled for
     recordings = {"latents": False, "channels": 3, "text_tokens": 0, "text_dim": 0}
     for name, value in recordings.items():
-        if config.data.name and is_recorded and config.data[name] != value:
+        if is_recorded and config.data[name] != value:
             raise UserError(
                 f"config.data.{name} is {config.data[name]}, but {config.data.name} gives RGB "
                 f"pixels and no text; it must be {value}"
@@ -143,7 +144,7 @@ def _check_data(config: ml_collections.ConfigDict) -> None:
         )
     for name, count in {"video": None, "action": "num_actions", "text": "text_tokens"}.items():
         is_taken = count is None or config.data[count]
-        if is_taken and not is_recorded and not config.data[f"{name}_feature"]:
+        if is_taken and is_prepared and not config.data[f"{name}_feature"]:
             or_none = f", or set config.data.{count}=0" if count else ""
             raise UserError(
                 f"config.data.{name}_feature is empty; name the feature of {config.data.name}"

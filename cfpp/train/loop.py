@@ -219,7 +219,11 @@ def termination() -> Iterator[Callable[[], bool]]:
 
 def diverged(what: str, step: int, checkpoints: checkpoint.Checkpoints) -> UserError:
     """The error of a run whose numbers are no longer finite."""
-    checkpoints.wait()
+    unsaved = ""
+    try:
+        checkpoints.wait()
+    except UserError as error:  # the disk's fault comes second
+        unsaved = f"; besides, {error}"
     kept = items.steps(checkpoints.directory)
     last = (
         f"the last good checkpoint is {checkpoints.directory / str(kept[-1])}"
@@ -228,5 +232,5 @@ def diverged(what: str, step: int, checkpoints: checkpoint.Checkpoints) -> UserE
     )
     return UserError(
         f"the {what} is not finite at step {step}; {last}; lower the learning rate or the clipping "
-        "norm, in a new --workdir"
+        f"norm, in a new --workdir{unsaved}"
     )

@@ -17,7 +17,7 @@ import pytest
 from cfpp.data import sources
 from cfpp.errors import UserError
 from cfpp.stages import Parent
-from cfpp.train import checkpoint, checks, items, jobs, program, samples, stored, workdirs
+from cfpp.train import checkpoint, checks, items, jobs, loop, program, samples, stored, workdirs
 from tests.train import crash, fake
 
 
@@ -171,6 +171,14 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, fault, wh
     assert f"the {what} is not finite at step {step}" in str(error.value)
     assert str(tmp_path / "checkpoints" / "4") in str(error.value)
     assert items.steps(tmp_path / "checkpoints") == [4]
+
+
+def test_a_full_disk_does_not_hide_a_divergence(tmp_path):
+    checkpoints = mock.Mock(directory=tmp_path)
+    checkpoints.wait.side_effect = UserError("the disk is full")
+    told = str(loop.diverged("loss", 7, checkpoints))
+    assert told.startswith("the loss is not finite at step 7; there is no checkpoint yet; lower")
+    assert told.endswith("; besides, the disk is full")
 
 
 def test_divergence_is_seen_before_saving_though_not_logged(tmp_path):
