@@ -2,7 +2,7 @@
 
     python -m cfpp.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Ten to eighteen minutes on two CPU cores (docs/quickstart.md). Variants:
+14 to 16 minutes on two slow CPU cores (docs/quickstart.md). Variants:
 `configs/quickstart.py:smoke` is the same in miniature, `:atari` the same on Boxing, `:atari_gpu`
 that for minutes of a GPU, `:long` trains for an hour, with the bidirectional base as stage 3's real
 score.
