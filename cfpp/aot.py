@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -100,9 +101,11 @@ def compile_step(config: Config, name: str) -> Report:
     chip, devices = topology.chip(name), topology.devices(name)
     stage = checks.build_stage(config)
     device_mesh = mesh.create(config.mesh, devices)
-    programs = program.create(stage, config, program.parent_shapes(stage, config), device_mesh)
-    begin = time.perf_counter()
-    traced = programs.step.trace(programs.state, pipeline.batch_shapes(config, programs.batch))
+    given = program.parent_shapes(stage, config)
+    with program.tracing(config, given):
+        programs = program.create(stage, config, given, device_mesh)
+        begin = time.perf_counter()
+        traced = programs.step.trace(programs.state, pipeline.batch_shapes(config, programs.batch))
     flops = compiled.flops(traced.jaxpr.jaxpr) / len(devices)
     figures = {
         "mesh": dict(device_mesh.shape),
@@ -312,8 +315,8 @@ def check_writable(path: str) -> None:
     if os.path.isdir(path):
         raise UserError(f"--json={path}: this is a folder; give a file in it")
     try:
-        open(f"{path}.tmp", "w").close()
-        os.remove(f"{path}.tmp")
+        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))):
+            pass
     except OSError as error:
         raise UserError(
             f"--json={path}: {error.strerror}; give a file in a folder that is there"

@@ -193,9 +193,11 @@ def test_a_sweep_outlives_a_mesh_that_cannot_be_compiled(aot, monkeypatch, tmp_p
 
 def test_a_file_is_left_as_it_is_until_there_are_figures(aot, tmp_path):
     (tmp_path / "old.json").write_text("old")
+    (tmp_path / "new.json.tmp").write_text("another's")
     for name in ("old.json", "new.json"):
         aot.check_writable(str(tmp_path / name))
-    assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"old.json", "new.json.tmp"}
+    assert (tmp_path / "new.json.tmp").read_text() == "another's"
     assert (tmp_path / "old.json").read_text() == "old"
     with pytest.raises(UserError, match=f"--json={tmp_path}: this is a folder"):
         aot.check_writable(str(tmp_path))

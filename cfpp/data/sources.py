@@ -315,6 +315,8 @@ def _recording(data_config: ml_collections.ConfigDict) -> _Recording | None:
     Raises:
       UserError: there is no such source, or no such recording can be made.
     """
+    if data_config.name == "tfds:":
+        raise _unknown(data_config.name)
     if data_config.name.startswith("tfds:"):
         return None
     for field in ("episodes", "episode_frames", "height", "width"):

@@ -108,7 +108,15 @@ def _check_jobs(jobs: dict[str, Config], folders: dict[str, str], done: set[str]
       UserError: something cannot be, a parent among the jobs included.
     """
     before = {}  # trained by the time that a job begins
-    find = lambda path: before[path] if path in before else stored.find(path).config
+
+    def find(path):
+        if path in before:
+            return before[path]
+        parent = stored.find(path)
+        where = parent.folder / "config.json"
+        workdirs.require(parent.config, where, ("model", "pattern", "data.frames"))
+        return parent.config
+
     for name, job in jobs.items():
         if name not in done:
             with _naming(name):

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from cfpp import stages
 from cfpp.data import pipeline
 from cfpp.errors import UserError, how_to_install
-from cfpp.models import shapes
 from cfpp.parallel import hosts, mesh
 from cfpp.train import checkpoint, checks, items, metrics, program, samples, stored, workdirs
 
@@ -153,15 +152,10 @@ def programs_of(
       UserError: a parent does not fit, something does not divide over the mesh, or the model's
         attention does not take its shapes.
     """
-    try:
+    with program.tracing(config, given):
         programs = program.create(stage, config, given, device_mesh)
         # Once and for all: the first step finds this trace.
         programs.step.eval_shape(programs.state, pipeline.batch_shapes(config, programs.batch))
-    except shapes.MismatchError as error:
-        roles = ", ".join(f"{role}={config.init_from[role]}" for role in given)
-        raise UserError(f"config.init_from ({roles}): {error}") from error
-    except ValueError as error:
-        raise UserError(f"stage {config.stage} cannot be traced: {error}") from error
     return programs
 
 

@@ -3,7 +3,8 @@
 What the training loop runs and what `cfpp.aot` compiles without running is the same.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,6 +13,8 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cfpp import stages
+from cfpp.errors import UserError
+from cfpp.models import shapes
 from cfpp.models.network import Network
 from cfpp.parallel import mesh
 
@@ -48,14 +51,34 @@ class Program(NamedTuple):
     step: Callable
 
 
+@contextlib.contextmanager
+def tracing(config: ml_collections.ConfigDict, given: Iterable[str]) -> Iterator[None]:
+    """While open, what cannot be traced of a stage is told as its user's mistake.
+
+    Args:
+      config: of the stage.
+      given: the roles of its parents.
+
+    Raises:
+      UserError: a parent does not fit, or the model's attention does not take its shapes.
+    """
+    try:
+        yield
+    except shapes.MismatchError as error:
+        roles = ", ".join(f"{role}={config.init_from[role]}" for role in given)
+        raise UserError(f"config.init_from ({roles}): {error}") from error
+    except ValueError as error:
+        raise UserError(f"stage {config.stage} cannot be traced: {error}") from error
+
+
 def parent_shapes(stage: stages.Stage, config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The shapes of the parents' parameters that a stage would load, by role."""
 
-    def shapes(role):
+    def of_role(role):
         model = stage.parents[role].model
         return nn.meta.unbox(Network.create(model, config.pattern).shapes())
 
-    return {role: shapes(role) for role, path in config.init_from.items() if path}
+    return {role: of_role(role) for role, path in config.init_from.items() if path}
 
 
 def batch_sharding(

@@ -125,6 +125,7 @@ def test_reading_needs_neither_tensorflow_nor_jax():
     [
         ({"name": "arenas"}, "no data source 'arenas'; did you mean 'arena'"),
         ({"name": "tfds"}, "no data source 'tfds'"),
+        ({"name": "tfds:"}, "no data source 'tfds:'; give arena, atari:<game> or tfds:<dataset>"),
         ({"height": 64}, "data.height and data.width are 64 and 32; the arena's pictures are 32"),
         ({"num_actions": 4}, "data.num_actions is 4; arena has 5"),
         ({"episodes": 0}, "data.episodes is 0"),

@@ -326,6 +326,12 @@ def test_bad_parents(finished, tmp_path):
     assert "config.init_from.techer is no parent of stage fake, which takes teacher" in text
     text = message("4", init_from={"teacher": str(finished)}, model={"dim": 16})
     assert text.startswith(f"config.init_from.teacher={finished} has model.dim=8; this")
+    damaged = shutil.copytree(finished, tmp_path / "damaged")
+    fields = json.loads((damaged / "config.json").read_text())
+    del fields["model"]
+    (damaged / "config.json").write_text(json.dumps(fields))
+    text = message("5", init_from={"teacher": str(damaged)})
+    assert "config.json is damaged, it has no field model; restore it" in text
     another = shutil.copytree(finished, tmp_path / "another")
     workdirs.write_config(fake.config(model={"dim": 16}), another)  # not that of its parameters
     text = message("6", init_from={"teacher": str(another)}, model={"dim": 16})
