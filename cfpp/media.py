@@ -406,3 +406,5 @@ def check_writable(path: epath.PathLike) -> None:
         raise UserError(f"{path} is a directory; a file name was expected")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} is not a directory, so {path.name} cannot be written there")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: permission denied; give another file")

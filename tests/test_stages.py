@@ -123,26 +123,38 @@ def test_contract(variant):
     ("stage", "fields", "message"),
     [
         ("bidirectional", {"data.frames": 1}, "data.frames is 1; with a given_rate above 0"),
-        ("consistency", {"solver": "rk4"}, "solver must be one of euler, heun, got 'rk4'"),
-        ("consistency", {"distance": "l3"}, "distance must be one of mse, pseudo_huber"),
-        ("consistency", {"grid_steps": 9}, "grid_doublings is 2; grid_steps, 9, must be divis"),
-        ("consistency", {"grid_doublings": 4}, "grid_doublings is 4; grid_steps, 8, must be divis"),
+        ("consistency", {"solver": "rk4"}, "^config.solver must be one of euler, heun, got 'rk4'"),
+        ("consistency", {"distance": "l3"}, "^config.distance must be one of mse, pseudo_huber"),
+        ("consistency", {"grid_steps": 9}, "config.grid_doublings is 2; config.grid_steps, 9"),
+        ("consistency", {"grid_doublings": 4}, "config.grid_doublings is 4; config.grid_steps, 8"),
         ("consistency", {"positions": (500.0, 1000.0)}, "sampling positions must fall, from 1000"),
         ("ode", {"positions": (1000.0, 333.0)}, "do not all lie on the grid of 16 steps"),
-        ("dmd", {"real_score": "none"}, "real_score must be one of bidirectional, causal"),
-        ("dmd", {"history_gradient": "all"}, "history_gradient must be one of none"),
+        ("dmd", {"real_score": "none"}, "^config.real_score must be one of bidirectional, causal"),
+        ("dmd", {"history_gradient": "all"}, "^config.history_gradient must be one of none"),
         ("dmd", {"critic_steps": 0}, "critic_steps is 0; it must be at least 1"),
-        ("dmd", {"given": 4}, "given is 4; it must be at least 0 and less than 4 frames"),
+        ("dmd", {"given": 4}, "config.given is 4; it must be at least 0 and less than 4"),
         ("dmd", {"score_sigma": (0.9, 0.1)}, "score_sigma must be a range within 0 and 1"),
         ("dmd", {"score_sigma": (0.1, 0.5, 0.9)}, "score_sigma must be a range within 0 and 1"),
-        ("dmd", {"score_sigma": (0.0, 0.9)}, "score_sigma starts at 0, where a clip is not noised"),
+        (
+            "dmd",
+            {"score_sigma": (0.0, 0.9)},
+            "config.score_sigma starts at 0, where nothing is noised",
+        ),
         (
             "dmd",
             {"pattern.sink": 4, "pattern.window": 8},
             "room for a sink of 4 frames and the first",
         ),
-        ("ar_diffusion", {"optimizer.schedule": "cosin"}, "optimizer.schedule must be one of"),
-        ("dmd", {"critic_optimizer.name": "adam"}, "^critic_optimizer.name must be one of adamw"),
+        (
+            "ar_diffusion",
+            {"optimizer.schedule": "cosin"},
+            "^config.optimizer.schedule must be one of",
+        ),
+        (
+            "dmd",
+            {"critic_optimizer.name": "adam"},
+            "^config.critic_optimizer.name must be one of adamw",
+        ),
         ("dmd", {"real_model": {"heads": 5}}, "^with config.real_model, "),
         ("ar_diffusion", {"resample.sigma": (0.8, 0.3)}, "resample.sigma must be a range within 0"),
         ("ar_diffusion", {"model.prediction": "x1"}, "model.prediction must be one of velocity"),
@@ -152,10 +164,14 @@ def test_contract(variant):
         (
             "bidirectional",
             {"pattern.chunk": 3},
-            "pattern.chunk is 3; in stage 0 all frames see all",
+            "config.pattern.chunk is 3; in stage 0 all frames see all",
         ),
         *(
-            (name, {"pattern.chunk": None}, "pattern.chunk is None, with which all frames see all")
+            (
+                name,
+                {"pattern.chunk": None},
+                "config.pattern.chunk is None, with which all frames see all",
+            )
             for name in ("ar_diffusion", "consistency", "ode", "dmd")
         ),
     ],

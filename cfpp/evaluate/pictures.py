@@ -65,13 +65,13 @@ def action_symbols(data: str, num_actions: int) -> Callable[[int], str]:
 
 
 def write_video(clips: np.ndarray, path: epath.Path) -> None:
-    """Writes a video of clips `[E, T, H, W, 3]`: many side by side, then as many others."""
+    """Writes a video of clips `[E, T, H, W, 3]`: many side by side, then the next."""
     columns = min(VIDEO_COLUMNS, math.isqrt(len(clips)))
     at_once = columns * columns
-    whole = len(clips) // at_once * at_once
-    video = np.concatenate(
-        [media.tile(clips[first : first + at_once], columns) for first in range(0, whole, at_once)]
-    )
+    missing = -len(clips) % at_once
+    clips = np.pad(clips, [(0, missing)] + [(0, 0)] * (clips.ndim - 1))
+    pages = np.split(clips, len(clips) // at_once)
+    video = np.concatenate([media.tile(page, columns) for page in pages])
     scale = max(1, round(VIDEO_PIXELS / video.shape[1]))
     media.write_mp4(path, video, FRAMES_PER_SECOND, scale)
 

@@ -51,24 +51,40 @@ def reserve(folder: epath.PathLike) -> None:
 def write(report: Report, folder: epath.PathLike) -> None:
     """Writes the report into a folder, in the place of one that is there; `index.html` comes last.
 
+    One that is there stays as it is until the new one is whole, beside it.
+
     Raises:
       UserError: the folder cannot be written.
     """
     folder = epath.Path(folder)
-    with _writing(folder):
+    new = folder / "new.tmp"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_writing(folder))
+        stack.callback(new.rmtree, missing_ok=True)
+        new.rmtree(missing_ok=True)  # of a crash
+        (new / "videos").mkdir(parents=True)
+        _draw(report, new)
         (folder / "index.html").unlink(missing_ok=True)  # of another report, no longer whole
         (folder / "videos").rmtree(missing_ok=True)  # it may have had other rows
-        (folder / "videos").mkdir(parents=True)
-        media.write_image(folder / "comparison.png", pictures.comparison(report))
-        if report.row("real").by_frame:
-            pictures.plot_by_frame(report, folder / "by_frame.png")
-        if any(job.log for job in report.jobs):
-            pictures.plot_losses(report, folder / "loss.png")
-        for row in report.rows:
-            pictures.write_video(row.video, folder / "videos" / f"{row.key}.mp4")
-        (folder / "results.json").write_text(json.dumps(_as_json(report), indent=1) + "\n")
-        (folder / "README.md").write_text(pages.markdown(report))
-        (folder / "index.html").write_text(pages.html_page(report))
+        (folder / "videos").mkdir()
+        for video in (new / "videos").iterdir():
+            video.replace(folder / "videos" / video.name)
+        for file in sorted(new.glob("*.*"), key=lambda file: file.name == "index.html"):
+            file.replace(folder / file.name)
+
+
+def _draw(report: Report, folder: epath.Path) -> None:
+    """Makes the files of a report."""
+    media.write_image(folder / "comparison.png", pictures.comparison(report))
+    if report.row("real").by_frame:
+        pictures.plot_by_frame(report, folder / "by_frame.png")
+    if any(job.log for job in report.jobs):
+        pictures.plot_losses(report, folder / "loss.png")
+    for row in report.rows:
+        pictures.write_video(row.video, folder / "videos" / f"{row.key}.mp4")
+    (folder / "results.json").write_text(json.dumps(_as_json(report), indent=1) + "\n")
+    (folder / "README.md").write_text(pages.markdown(report))
+    (folder / "index.html").write_text(pages.html_page(report))
 
 
 @contextlib.contextmanager

@@ -18,5 +18,5 @@ def build(config: ml_collections.ConfigDict) -> Stage:
     Raises:
       ValueError: there is no such stage.
     """
-    check_choice("config.stage", config.stage, STAGES)
+    check_choice("stage", config.stage, STAGES)
     return importlib.import_module(f"cfpp.stages.{config.stage}").build(config)

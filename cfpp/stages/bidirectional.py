@@ -23,7 +23,8 @@ def build(config) -> Stage:
     """
     if config.pattern.chunk is not None:
         raise ValueError(
-            f"pattern.chunk is {config.pattern.chunk}; in stage 0 all frames see all: leave it out"
+            f"config.pattern.chunk is {config.pattern.chunk}; in stage 0 all frames see all: leave "
+            "it out"
         )
     if config.given_rate and config.data.frames < 2:
         raise ValueError(

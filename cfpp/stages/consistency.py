@@ -51,7 +51,7 @@ def distance(name: str, a: jax.Array, b: jax.Array) -> jax.Array:
         size = np.prod(a.shape[2:])
         c = 0.00054 * np.sqrt(size)
         return jnp.sqrt(jnp.sum(squares, axis=(2, 3, 4)) + c**2) - c
-    raise ValueError(f"distance must be 'mse' or 'pseudo_huber', got {name!r}")
+    raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {name!r}")
 
 
 def target(
@@ -75,8 +75,8 @@ def grid_sizes(last: int, doublings: int) -> list[int]:
     """
     if last % 2**doublings:
         raise ValueError(
-            f"grid_doublings is {doublings}; grid_steps, {last}, must be divisible by "
-            f"{2**doublings}"
+            f"config.grid_doublings is {doublings}; config.grid_steps, {last}, must be divisible "
+            f"by {2**doublings}"
         )
     return [last // 2**n for n in range(doublings, -1, -1)]
 

@@ -160,11 +160,11 @@ def build(config) -> Stage:
     check_sigma_range("score_sigma", config.score_sigma)
     low, high = config.score_sigma
     if not low:
-        raise ValueError("score_sigma starts at 0, where a clip is not noised; start above it")
+        raise ValueError("config.score_sigma starts at 0, where nothing is noised; start above it")
     if config.critic_steps < 1:
-        raise ValueError(f"critic_steps is {config.critic_steps}; it must be at least 1")
+        raise ValueError(f"config.critic_steps is {config.critic_steps}; it must be at least 1")
     if not 0 <= given < frames:
-        raise ValueError(f"given is {given}; it must be at least 0 and less than {frames} frames")
+        raise ValueError(f"config.given is {given}; it must be at least 0 and less than {frames}")
     # Its chunks begin after the given frames in scores and rollouts alike. What is replayed is what
     # the rollout saw, so nothing is rounded.
     network = causal_network(config).clone(cache_dtype="").after(given)

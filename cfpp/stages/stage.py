@@ -76,13 +76,13 @@ class Stage(NamedTuple):
 def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
     """Raises ValueError if a field of the config is none of its choices."""
     if value not in choices:
-        raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"config.{field} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_sigma_range(field: str, limits: Sequence[float]) -> None:
     """Raises ValueError if a field of the config is no range of noise levels."""
     if len(limits) != 2 or not 0 <= limits[0] < limits[1] <= 1:
-        raise ValueError(f"{field} must be a range within 0 and 1, got {limits}")
+        raise ValueError(f"config.{field} must be a range within 0 and 1, got {limits}")
 
 
 def causal_network(config: ml_collections.ConfigDict) -> Network:
@@ -93,8 +93,8 @@ def causal_network(config: ml_collections.ConfigDict) -> Network:
     """
     if config.pattern.chunk is None:
         raise ValueError(
-            f"pattern.chunk is None, with which all frames see all; stage {config.stage} needs at "
-            "least 1"
+            f"config.pattern.chunk is None, with which all frames see all; stage {config.stage} "
+            "needs at least 1"
         )
     return Network.create(config.model, config.pattern)
 

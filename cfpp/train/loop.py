@@ -102,12 +102,12 @@ def train(
             is_last = stopped or step == config.steps
             is_saved = is_last or step % config.save_every == 0
             if is_saved or step % config.log_every == 0:
-                fetched = jax.device_get(recent)
-                first = next((i for i, m in enumerate(fetched) if not np.isfinite(m["loss"])), None)
+                recent = jax.device_get(recent)
+                first = next((i for i, m in enumerate(recent) if not np.isfinite(m["loss"])), None)
                 if first is not None:
-                    raise diverged("loss", step - len(fetched) + 1 + first, checkpoints)
+                    raise diverged("loss", step - len(recent) + 1 + first, checkpoints)
             if is_last or step % config.log_every == 0:
-                means = {name: np.mean([m[name] for m in fetched]) for name in step_metrics}
+                means = {name: np.mean([m[name] for m in recent]) for name in step_metrics}
                 rate = progress.log(step, means["loss"])
                 writer.write_scalars(step, means | {"steps_per_second": rate})
                 recent.clear()

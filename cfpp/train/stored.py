@@ -105,7 +105,10 @@ def find(path: epath.PathLike) -> Stored:
     """
     path = epath.Path(path)
     if not path.exists():
-        raise UserError(f"{path} does not exist; give a working directory or an exported model")
+        raise UserError(
+            f"{path} does not exist, or may not be read; give a working directory or an exported "
+            "model"
+        )
     if not (path / "config.json").exists():
         raise UserError(f"{path} has no config.json: it is no working directory and no export")
     config = workdirs.read_config(path)

@@ -1,5 +1,6 @@
 """The job runs on a work directory, and its report is complete, well-formed and true."""
 
+import errno
 import html.parser
 import itertools
 import json
@@ -16,7 +17,7 @@ from PIL import Image
 from cfpp.data import sources
 from cfpp.errors import UserError
 from cfpp.evaluate import __main__ as command_line
-from cfpp.evaluate import job, measure, metrics, models, probe, report, table
+from cfpp.evaluate import job, measure, metrics, models, pictures, probe, report, table
 from cfpp.models.network import Network
 from cfpp.train import stored, workdirs
 from configs import quickstart, stage0, stage1, stage2, stage3
@@ -133,7 +134,9 @@ def test_report_of_a_quickstart(workdir, monkeypatch, capsys):
     for row in results["rows"]:
         assert f"| {row['name']} |" in readme and f"(videos/{row['key']}.mp4)" in readme
         path = folder / "videos" / f"{row['key']}.mp4"
-        assert imageio_ffmpeg.count_frames_and_secs(str(path))[0] == 5
+        assert (
+            imageio_ffmpeg.count_frames_and_secs(str(path))[0] == 2 * 5
+        )  # of six clips, four at once
     for name in ("comparison.png", "by_frame.png", "loss.png"):
         Image.open(folder / name).verify()
         assert f"({name})" in readme
@@ -256,6 +259,28 @@ def test_a_report_elsewhere(workdir, tmp_path, monkeypatch, capsys):
     command_line.main([f"--workdir={workdir / 'stage0'}", f"--out={out}", *sizes])
     assert f"the report is in {out}\n" in capsys.readouterr().out
     assert (out / "index.html").exists() and not (workdir / "stage0/report").exists()
+
+
+def test_clips_that_fill_no_page_are_shown_too(tmp_path):
+    clips = np.full((5, 3, 32, 32, 3), 200, np.uint8)  # two by two at once
+    pictures.write_video(clips, tmp_path / "five.mp4")
+    assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "five.mp4"))[0] == 6
+
+
+def test_an_old_report_outlives_a_new_one_that_cannot_be_written(workdir, monkeypatch):
+    freeze(monkeypatch)
+    job.run(workdir / "stage1", measure.Settings(**SETTINGS))
+    folder = workdir / "stage1" / "report"
+    old = {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report.pages, "html_page", full)
+    with pytest.raises(UserError, match="the report cannot be written"):
+        job.run(workdir / "stage1", measure.Settings(**SETTINGS))
+    assert {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file()} == old
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["videos"]
 
 
 def test_report_that_cannot_be_written(workdir, monkeypatch):
