@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import pathlib
+import pickle
 import re
 import shutil
 import signal
@@ -183,6 +184,16 @@ def test_export_is_enough(workdir, tmp_path):
     np.testing.assert_array_equal(first, stream(workdir, *arguments))
 
 
+def test_an_export_that_would_not_stream_is_not_written(workdir, tmp_path):
+    folder = shutil.copytree(workdir, tmp_path / "older")
+    config = json.loads((folder / "config.json").read_text())
+    del config["data"]["channels"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"of another version: it has no field data\.channels;"):
+        stored.export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_in_bfloat16_is_what_passes_in_bfloat16_use(workdir, tmp_path):
     export.main([f"--workdir={workdir}", f"--out={tmp_path / 'half'}", "--dtype=bfloat16"])
     half, whole = stored.find(tmp_path / "half"), stored.find(workdir).load()
@@ -322,7 +333,7 @@ def test_actions_that_a_stream_cannot_take():
         ((0,), (1,)): r"actions are \[2, 1\], not \[2, 2\]",
         ((0, 1),): r"actions are \[1, 2\], not \[2, 2\]",
         ((0, 1.5), (1, 2)): "actions are integers, got float64",
-        None: r"actions are \[2, 0\], not \[2, 2\]",
+        None: r"actions are missing, not \[2, 2\]",
     }.items():
         given = {} if actions is None else {"actions": np.array(actions)}
         with pytest.raises(ValueError, match=message):
@@ -332,6 +343,56 @@ def test_actions_that_a_stream_cannot_take():
     assert player.play(np.array([[0, 1], [1, 2]])).shape == (2, 2, 8, 12, 3)
     with pytest.raises(ValueError, match="a video is uint8, or float latents; got int32"):
         Player(rollout, tiny.params(net), context.astype(np.int32), condition, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ({"context": np.zeros((8, 12, 3), np.uint8)}, r"\[8, 12, 3\], not \[B, K, 8, 12, 3\]"),
+        ({"context": np.zeros((1, 1, 8, 8, 3), np.uint8)}, r"\[1, 1, 8, 8, 3\], not \[B, K, 8, 12"),
+        ({"context": np.zeros((0, 1, 8, 12, 3), np.uint8)}, r"\[0, 1, 8, 12, 3\], not \[B, K"),
+        ({"condition": {}}, r"actions are missing, not \[1, 1\]"),
+        ({"condition": {"action": np.zeros((1, 1), int)}}, "takes no 'action', but actions"),
+        ({"condition": {"text": np.zeros((1, 1, 4))}}, "takes no 'text', but actions"),
+        ({"rng": 0}, r"rng must be one key, such as jax\.random\.key\(0\), got 0"),
+        ({"rng": jax.random.split(jax.random.key(0))}, "rng must be one key"),
+        ({"rng": jax.random.PRNGKey(0)}, "rng must be one key"),  # it would compile all anew
+    ],
+)
+def test_what_a_stream_cannot_start_from(start, message):
+    net = tiny.network(Pattern(window=3), channels=3)
+    context, condition = np.zeros((1, 1, 8, 12, 3), np.uint8), {"actions": np.zeros((1, 1), int)}
+    usual = {"context": context, "condition": condition, "rng": jax.random.key(0)}
+    with pytest.raises(ValueError, match=message):
+        Player(generate.Rollout(net, consistency(1, 1.0)), tiny.params(net), **(usual | start))
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": False}, {"cache_dtype": "float8_e4m3fn"}])
+def test_a_session_goes_on_elsewhere(options):
+    """From bytes, to the bit, with nothing compiled anew."""
+    net = tiny.network(Pattern(first_chunk=2, window=4), channels=3)
+    net = net.clone(cache_dtype=options.get("cache_dtype", ""))
+    rollout = generate.Rollout(net, consistency(2, 3.0), fused=options.get("fused", True))
+    params = jax.tree.map(jnp.asarray, tiny.params(net))
+    context, condition = np.zeros((2, 0, 8, 12, 3), np.uint8), {"actions": tiny.actions(0)}
+    start = lambda seed: Player(rollout, params, context, condition, jax.random.key(seed))
+    play = lambda player: player.play(np.ones((2, player.chunk), int))
+
+    player, other = start(0), start(1)
+    kept = [pickle.dumps(player.state())]
+    frames = [play(player)]
+    kept.append(pickle.dumps(player.state()))
+    frames += [play(player), play(player)]
+    programs = stream_module._generate._cache_size(), stream_module._context_pass._cache_size()
+    for begin in (1, 0):
+        other.restore(pickle.loads(kept[begin]))
+        for expected in frames[begin:]:
+            np.testing.assert_array_equal(play(other), expected)
+    after = stream_module._generate._cache_size(), stream_module._context_pass._cache_size()
+    assert after == programs
+    single = Player(rollout, params, context[:1], {"actions": tiny.actions(0)[:1]}, player._rng)
+    with pytest.raises(ValueError, match="the state is of another model, batch"):
+        single.restore(player.state())
 
 
 def test_a_prompt_counts_from_the_next_chunk_on():
@@ -357,6 +418,9 @@ def test_a_prompt_counts_from_the_next_chunk_on():
             Player(rollout, params, given, texts, key)
         with pytest.raises(ValueError, match=r"a text is"):
             Player(rollout, params, given, {"text": one}, key, texts or {"text": None})
+    with pytest.raises(ValueError, match=r"a text is \[1, 0, 4\]"):
+        players["one"].prompt(np.zeros((1, 0, 4)))
+    players["one"].prompt(np.asarray(other).tolist())  # any numbers of that shape
     stronger = rollout.replace(guidance=3.0)
     Player(stronger, params, given, {"text": one}, key, {"text": null}).play()
     assert stream_module._generate._cache_size() == programs + 1  # any weight shares it

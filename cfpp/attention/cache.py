@@ -105,8 +105,8 @@ class Cache(flax.struct.PyTreeNode):
         It is quantised if `dtype` is one of `LARGEST_VALUES`.
         """
         zeros = jnp.zeros(shape, dtype)
-        if zeros.dtype.name in LARGEST_VALUES:
-            zeros = Quantised.of(zeros, dtype)
+        if zeros.dtype.name in LARGEST_VALUES:  # by `of`, XLA would do it while compiling
+            zeros = Quantised(zeros, jnp.zeros((*shape[:-2], 1, shape[-2])))
         return cls(zeros, zeros, jnp.full(shape[3], -1, jnp.int32), sink)
 
     @property

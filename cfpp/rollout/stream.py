@@ -10,6 +10,7 @@ import numpy as np
 
 from cfpp.attention.cache import Cache
 from cfpp.models import codec
+from cfpp.models.dit import DiT
 from cfpp.models.network import Condition, Params
 from cfpp.rollout.generate import Rollout, Stream, gaussian_noise
 
@@ -22,7 +23,8 @@ class Player:
 
     Memory and time a chunk do not grow. The frames are those of `Rollout.clip` with the same key,
     and bytes or latents as those are that it starts from. Sessions are players of their own, which
-    share the parameters and what is compiled; in each, one thread at a time.
+    share the parameters and what is compiled; in each, one thread at a time. The clips of a batch
+    start together, and stay at the same frame.
 
     Args:
       rollout: the model's; its pattern's window bounds what is remembered.
@@ -31,12 +33,13 @@ class Player:
       context: frames to start from, uint8 `[B, K, H, W, 3]` or float latents `[B, K, H, W, C]`; K
         may be 0. (Floats are never scaled.)
       condition: actions of these, int32 `[B, K]`, and/or text.
-      rng: a key.
+      rng: a key of `jax.random.key`.
       null: what to guide away from, `{"text": ...}`; see `Network.with_null`.
 
     Raises:
-      ValueError: the pattern has no window; an action of the given frames is missing or unknown; or
-        a text is missing or of another shape.
+      ValueError: the pattern has no window; the frames are of another shape; an action of theirs is
+        missing or unknown; a text is missing, of another shape, or nothing that the model takes; or
+        `rng` is not one key.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Player:
         rng: jax.Array,
         null: Condition | None = None,
     ):
+        _check_start(rollout.network.dit, context, condition, rng)
         self._rollout = rollout.after(context.shape[1])
         self._params = params = jax.tree.map(jnp.asarray, params)  # where they are NumPy's
         self._rng, self._null = rng, null
@@ -101,15 +105,45 @@ class Player:
           ValueError: it is of another shape, or the model has no text.
         """
         self._check_text(text, self._stream.pending.shape[0])
-        condition = {"text": text}
+        condition = {"text": jnp.asarray(text)}
         with self._ambient():
             told = _encode_text(self._rollout, self._params, condition, self._null)
         self._stream = self._stream.replace(text=self._placed(told))
 
+    def state(self) -> dict[str, Any]:
+        """All that the session carries but the parameters, in the host's memory, for `restore`.
+
+        Returns:
+          A tree of NumPy arrays, which can be pickled; most of it is the cache.
+        """
+        key = jax.random.key_data(self._rng)
+        return jax.device_get({"stream": self._stream, "key": key, "schedule": self._schedule})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on, bit for bit, where a session was when its `state` was taken.
+
+        Args:
+          state: of a player of the same rollout, parameters and batch, in whatever process.
+
+        Raises:
+          ValueError: its cache is not like this player's.
+        """
+        like = lambda stream: jax.tree.map(
+            lambda x: (x.shape, x.dtype), (stream.cache, stream.text)
+        )
+        if like(state["stream"]) != like(self._stream):
+            raise ValueError("the state is of another model, batch, window or length of text")
+        self._stream = self._placed(state["stream"])
+        key = jnp.asarray(state["key"])
+        self._rng = jax.random.wrap_key_data(key, impl=jax.random.key_impl(self._rng))
+        self._schedule = state["schedule"]
+
     def _check_text(self, text: jax.Array | None, batch: int) -> None:
         """Raises ValueError if a text is missing or not one that the model takes."""
         text_dim, shape = self._rollout.network.dit.text_dim, list(np.shape(text))
-        if len(shape) != 3 or shape[::2] != [batch, text_dim]:
+        if not text_dim:
+            raise ValueError("the model takes no text")
+        if len(shape) != 3 or shape[::2] != [batch, text_dim] or not shape[1]:
             found = "missing" if text is None else shape
             raise ValueError(f"a text is {found}, not [{batch}, length, {text_dim}]")
 
@@ -117,7 +151,9 @@ class Player:
         """Checked actions: an unknown one would make NaN, and a missing one would count for all."""
         known = self._rollout.network.dit.num_actions
         if actions is None:
-            actions = np.zeros((shape[0], 0) if known else shape, np.int32)
+            if known and shape[1]:
+                raise ValueError(f"actions are missing, not {list(shape)}")
+            actions = np.zeros(shape, np.int32)
         given = np.asarray(actions)
         if given.shape != shape:
             raise ValueError(f"actions are {list(given.shape)}, not {list(shape)}")
@@ -153,6 +189,21 @@ class Player:
                 self._rollout, self._params, self._stream.cache, rest, *arguments
             )
         return out
+
+
+def _check_start(dit: DiT, context: np.ndarray, condition: Condition, rng: jax.Array) -> None:
+    """Raises ValueError if a stream cannot start from what is given."""
+    shape, frame = np.shape(context), (dit.height, dit.width, dit.channels)
+    if len(shape) != 5 or shape[2:] != frame or not shape[0]:
+        wanted = ", ".join(map(str, frame))
+        raise ValueError(f"frames to start from are {list(shape)}, not [B, K, {wanted}]")
+    taken = ("actions", "text") if dit.text_dim else ("actions",)
+    for name in condition:
+        if name not in taken:
+            raise ValueError(f"the model takes no {name!r}, but {' and '.join(taken)}")
+    is_key = isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    if not is_key or rng.shape:
+        raise ValueError(f"rng must be one key, such as jax.random.key(0), got {rng!r:.60}")
 
 
 @jax.jit

@@ -147,10 +147,11 @@ def export(path: epath.PathLike, out: epath.PathLike, dtype: str = "float32") ->
         takes them in that anyway: then its output stays the same.
 
     Raises:
-      UserError: `out` exists, cannot be written, or there is no model.
+      UserError: `out` exists, cannot be written, or there is no model or it is damaged.
     """
     paths.refuse_existing(out)
     model = find(path)
+    workdirs.require(model.config, model.folder / "config.json", needed(model.config))
     config = model.config.copy_and_resolve_references().unlock()
     config.model.attention = "auto"
     _write(config, cast_products(model.load(items.host_memory()), dtype), out)

@@ -175,8 +175,8 @@ def require(
         for name in field.split("."):
             if not isinstance(group, ml_collections.ConfigDict) or name not in group:
                 raise UserError(
-                    f"{where} is damaged, it has no field {field}; restore it, or train anew in "
-                    "another --workdir"
+                    f"{where} is damaged, or of another version: it has no field {field}; restore "
+                    "it, or train anew in another --workdir"
                 )
             group = group[name]
 

@@ -103,6 +103,15 @@ def test_frames_are_rounded_as_they_are_written(dtype):
             jax.tree.map(np.testing.assert_array_equal, kept, new)
 
 
+@pytest.mark.parametrize("dtype", sorted(LARGEST_VALUES))
+def test_an_empty_cache_is_what_zeros_round_to(dtype):
+    shape = (2, 1, 2, 3, 5, 8)
+    empty, rounded = Cache.empty(shape, dtype).key, Quantised.of(jnp.zeros(shape), dtype)
+    assert empty.dtype == rounded.dtype
+    jax.tree.map(np.testing.assert_array_equal, empty, rounded)
+    assert empty.scale.dtype == rounded.scale.dtype
+
+
 @pytest.mark.parametrize(("sink", "frames"), [(0, 4), (3, 1)])
 def test_frames_that_do_not_fit(sink, frames):
     cache, new = Cache.empty((1, 1, 1, 3, 2, 4), "float32", sink), jnp.ones((1, 1, 1, frames, 2, 4))
