@@ -34,7 +34,7 @@ def parse(argv: list[str]) -> list[str]:
         raise UserError(_illegal_value(default, error)) from error
     except flags.Error as error:
         raise UserError(one_line(error)) from error
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(_unknown_field(argv, path, default, error)) from error
     _check_values(default)
     if len(left_over) > 1:
@@ -44,18 +44,23 @@ def parse(argv: list[str]) -> list[str]:
 
 def _config_path(argv: list[str]) -> str:
     """The value of --config."""
-    for index, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name in ("--config", "-config"):
-            path = value if equals else "".join(argv[index + 1 : index + 2])
-            if not os.path.isfile(path.split(":", 1)[0]):
-                raise UserError(
-                    f"--config={path}: there is no file {path.split(':', 1)[0]!r} in {os.getcwd()}"
-                )
-            return path
-    if any(word.lstrip("-").startswith("help") for word in argv):
-        return ""
-    raise UserError("--config is missing; give a file such as configs/quickstart.py")
+    given = [
+        value if equals else "".join(argv[index + 1 : index + 2])
+        for index, (name, equals, value) in enumerate(word.partition("=") for word in argv)
+        if name in ("--config", "-config")
+    ]
+    if len(given) > 1:
+        raise UserError(f"--config is given {len(given)} times: {', '.join(given)}; give one")
+    if not given:
+        if any(word.lstrip("-").startswith("help") for word in argv):
+            return ""
+        raise UserError("--config is missing; give a file such as configs/quickstart.py")
+    (path,) = given
+    if not os.path.isfile(path.split(":", 1)[0]):
+        raise UserError(
+            f"--config={path}: there is no file {path.split(':', 1)[0]!r} in {os.getcwd()}"
+        )
+    return path
 
 
 def _illegal_value(default: Config, error: flags.IllegalFlagValueError) -> str:

@@ -1,6 +1,7 @@
 """The one exception that a user of cfpp is meant to see, and the command lines that raise it."""
 
 import argparse
+import atexit
 import contextlib
 import os
 import sys
@@ -50,7 +51,24 @@ def exit_on_user_error(interrupted: str = "interrupted") -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(interrupted)
+        print(interrupted, file=sys.stderr)
+        leave(1)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process, whatever it is at, once what is open has been closed.
+
+    That comes before all else that Python does at its end: XLA may compile or compute on, in
+    threads of its own, and would crash where that takes away what it needs.
+    """
+
+    def end():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(end)
+    sys.exit(code)
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -7,15 +7,12 @@ The same command continues what was interrupted. What takes long to import is im
 mistake on the command line is told at once.
 """
 
-import atexit
-import os
 import signal
-import sys
 
 from absl import app, flags, logging
 
 from cfpp import command_line
-from cfpp.errors import UserError, exit_on_user_error
+from cfpp.errors import UserError, exit_on_user_error, leave
 
 flags.DEFINE_string("workdir", None, "Working directory; made if missing.")
 flags.DEFINE_bool("profile", False, "Record some steps for TensorBoard's profiler.")
@@ -37,16 +34,16 @@ def parse(argv: list[str]) -> list[str]:
     left_over = command_line.parse(argv)
     if not flags.FLAGS.workdir:
         raise UserError("--workdir is missing; give the directory for checkpoints and metrics")
+    if not flags.FLAGS.join_timeout > 0:
+        raise UserError(
+            f"--join_timeout is {flags.FLAGS.join_timeout:g}; give seconds, more than 0"
+        )
     return left_over
 
 
 def _leave(*_) -> None:
-    """Ends the process, whatever it is at, once what is open has been closed."""
     print("interrupted; run the same command to continue", flush=True)
-    # Before all else that Python does at its end: XLA may compute on, in threads of its own, and
-    # would crash where that takes away what it needs.
-    atexit.register(os._exit, 0)
-    sys.exit()
+    leave(0)
 
 
 def main(argv: list[str]) -> None:

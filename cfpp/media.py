@@ -10,6 +10,7 @@ import os
 import pathlib
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ PAPER = (255, 255, 255)
 INK = (24, 28, 36)
 FADED_INK = (106, 114, 128)
 RULE = (214, 218, 226)
+_BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)  # of too many pixels
 
 
 def enlarge(video: np.ndarray, scale: int) -> np.ndarray:
@@ -56,7 +58,7 @@ class Mp4Writer:
     """
 
     def __init__(self, path: epath.PathLike, frames_per_second: float = 8, scale: int = 1):
-        self._path = epath.Path(path)
+        self._path = paths.known(path)
         self._frames_per_second = frames_per_second
         self._scale = scale
         self._shape: tuple[int, ...] | None = None
@@ -159,7 +161,7 @@ class NpyWriter:
     """
 
     def __init__(self, path: epath.PathLike):
-        self._path = epath.Path(path)
+        self._path = paths.known(path)
         self._file = None
         self._frames, self._shape = 0, None
         check_writable(self._path)
@@ -227,7 +229,7 @@ def read_floats(path: epath.PathLike, *shape: int | None) -> np.ndarray:
     try:
         with epath.Path(path).open("rb") as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged head is read as Python: whatever that may raise
         raise UserError(f"{path} cannot be read as an npy file ({one_line(error)})") from error
     fits = len(array.shape) == len(shape) and all(
         size in (None, found) for size, found in zip(shape, array.shape, strict=True)
@@ -237,9 +239,11 @@ def read_floats(path: epath.PathLike, *shape: int | None) -> np.ndarray:
         raise UserError(
             f"{path} is {array.dtype} {list(array.shape)}, but the model wants floats [{sizes}]"
         )
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise UserError(f"{path} has numbers that are not finite")
-    return array.astype(np.float32)
+        raise UserError(f"{path} has numbers that are not finite in float32")
+    return array
 
 
 def read_image(path: epath.PathLike, height: int, width: int) -> np.ndarray:
@@ -253,13 +257,16 @@ def read_image(path: epath.PathLike, height: int, width: int) -> np.ndarray:
         more than 8 bits a colour.
     """
     try:
-        with Image.open(path) as image:
+        with (
+            warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+            Image.open(path) as image,
+        ):
             image = ImageOps.exif_transpose(image)  # as its camera was held
             kind, alpha = image.mode, image.convert("RGBA").getchannel("A")
             pixels = np.asarray(image.convert("RGB"))
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is not a picture (a PNG or JPEG file was expected)") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, *_BOMBS) as error:
         raise UserError(f"{path} cannot be read as a picture ({error})") from error
     if kind.startswith(("I", "F")):
         raise UserError(f"{path} has more than 8 bits a colour; convert it to 8")
@@ -399,7 +406,7 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 def check_writable(path: epath.PathLike) -> None:
     """Raises UserError if a file of that name cannot be written, as far as its name tells."""
-    path = epath.Path(path)
+    path = paths.known(path)
     if paths.is_remote(path):
         return  # buckets have no folders
     if path.is_dir():

@@ -12,19 +12,49 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def known(path: epath.PathLike) -> epath.Path:
+    """The path, as one whose files can be read and written.
+
+    Raises:
+      UserError: it begins like a bucket's, but with no store that `epath` knows.
+    """
+    try:
+        return epath.Path(path)
+    except KeyError as error:
+        raise UserError(
+            f"{path}: {error.args[0]!r} is no store that is known here; give a folder, or a "
+            "bucket such as gs://bucket/folder"
+        ) from error
+
+
 def absolute(path: epath.PathLike) -> epath.Path:
     """The path from the root on, without '..' and with the home directory for '~'.
 
     In a bucket too: `epath` and `os.path` would look for it in the current directory.
+
+    Raises:
+      UserError: it is in no store that is known.
     """
     scheme, colon, rest = os.fspath(path).rpartition("://")
     whole = os.path.normpath(rest) if scheme else os.path.abspath(os.path.expanduser(rest))
-    return epath.Path(scheme + colon + whole)
+    return known(scheme + colon + whole)
+
+
+def refuse_patterns(folder: epath.PathLike) -> None:
+    """Raises UserError if Orbax would take the path of a folder of checkpoints for a pattern.
+
+    It looks for the parts of what it writes by one, and would leave them where it finds none.
+    """
+    if found := set(os.fspath(absolute(folder))) & set("[]\\"):
+        raise UserError(
+            f"{folder}: checkpoints cannot be kept in a folder with {' and '.join(sorted(found))} "
+            "in its path; choose another"
+        )
 
 
 def refuse_existing(path: epath.PathLike) -> None:
     """Raises UserError if there is something, so that nothing is overwritten."""
-    if epath.Path(path).exists():
+    if known(path).exists():
         raise UserError(f"{path} exists and is not overwritten; choose another folder")
 
 

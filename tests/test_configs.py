@@ -16,7 +16,7 @@ from cfpp.errors import UserError
 from cfpp.models.network import Network
 from cfpp.rollout import generate
 from cfpp.train import checks, jobs, program
-from configs import quickstart, stage1
+from configs import quickstart, stage0, stage1
 
 STAGES = ("stage0", "stage1", "stage2", "stage2_ode", "stage3")
 WAN_1_3B, WAN_14B = 1_418_996_800, 14_288_491_584  # parameters of the published weights
@@ -220,3 +220,12 @@ def test_training_without_a_source_of_latents_is_told(tmp_path):
     with pytest.raises(UserError, match=r"config\.data\.name is empty"):
         jobs.run(config_of("stage1", "wan_1_3b"), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_of_another_configuration_is_told():
+    config = stage0.get_config("smoke")
+    config.stage = "dmd"
+    with pytest.raises(
+        UserError, match=r"config\.real_score is missing, a field of stage dmd; start"
+    ):
+        checks.build_stage(config)

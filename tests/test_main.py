@@ -44,6 +44,10 @@ def command(*arguments, module="cfpp.main"):
         ([STAGE1, "--config.steps.x=3"], "no such field; the nearest is steps"),
         ([STAGE1, "--config.steps=many"], "--config.steps=many: give a value of type int, as the"),
         ([STAGE1, "--config.steps=1.5"], "--config.steps=1.5: give a value of type int"),
+        ([STAGE1, "--config.=3"], "no such field; the nearest is"),
+        ([STAGE1, STAGE1], f"--config is given 2 times: {STAGE1[9:]}, {STAGE1[9:]}; give one"),
+        ([STAGE1, "--workdir=x", "--join_timeout=nan"], "--join_timeout is nan; give seconds"),
+        ([STAGE1, "--workdir=foo://x"], "foo://x: 'foo://' is no store that is known here"),
         ([STAGE1, "--config.model=3"], "--config.model=3: this is a group of fields; set --config"),
         ([STAGE1, "--config.ema={}"], "this is a group of fields; set --config.ema.decay"),
         ([STAGE1, "--config.resample.sigma[5]=1"], "no such field; the nearest is resample.sigma"),
@@ -153,6 +157,20 @@ finally:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
     assert done.stdout == "interrupted; run the same command to continue\nclosed\n"
+
+
+def test_ctrl_c_ends_before_what_xla_computes_on():
+    program = """
+import atexit, os
+from cfpp import errors
+atexit.register(os._exit, 139)
+with errors.exit_on_user_error("interrupted; run the same command to continue"):
+    print("open")
+    raise KeyboardInterrupt
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stdout == "open\n"
+    assert done.stderr == "interrupted; run the same command to continue\n"
 
 
 @pytest.fixture
@@ -273,6 +291,8 @@ def test_jobs_that_there_are_not(job, tmp_path, names, named):
         ('{"stage": "dmd"}', r"config\.json is damaged, .* it has no field data\.directory;"),
         ('{"stage": "dmd", "data": 3}', r"it has no field data\.directory;"),
         ('{"jobs": []}', r"config\.json is damaged, .* it has no field stage;"),
+        ('{"jobs": 3}', r"config\.json is damaged: jobs are no list of names; restore it"),
+        ('{"jobs": "stage0"}', r"config\.json is damaged: jobs are no list of names"),
     ],
 )
 def test_a_damaged_configuration_is_told(job, tmp_path, text, message):
@@ -285,7 +305,7 @@ def test_a_damaged_configuration_is_told(job, tmp_path, text, message):
     ):
         with pytest.raises(UserError, match=message):
             start()
-    with pytest.raises(UserError, match=r"damaged|was made with another configuration"):
+    with pytest.raises(UserError, match=r"damaged|was made with another|directory of a job of"):
         jobs.run(job[0].first, str(tmp_path))
 
 

@@ -26,6 +26,16 @@ from cfpp.data.arena_dataset import arena_dataset_dataset_builder
 from cfpp.data.atari_dataset import atari_dataset_dataset_builder
 from cfpp.errors import UserError, how_to_install, one_line
 
+# What a stored configuration must have for its data to be read.
+FIELDS = tuple(
+    f"data.{name}"
+    for name in (
+        "name", "directory", "frames", "height", "width", "channels", "latents", "num_actions",
+        "text_tokens", "text_dim", "video_feature", "action_feature", "text_feature", "episodes",
+        "episode_frames",
+    )
+)  # fmt: skip
+
 
 class MissingError(UserError):
     """A dataset that is not there, or that no source gives."""

@@ -6,8 +6,7 @@ python -m cfpp.evaluate --workdir=runs/stage2 --episodes=128
 
 import dataclasses
 
-from etils import epath
-
+from cfpp import paths
 from cfpp.errors import ArgumentParser, exit_on_user_error
 from cfpp.evaluate import Settings, job
 
@@ -26,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"--{field.name}", type=int, help=f"default: the job's own, or {field.default}"
         )
     flags = vars(parser.parse_args(arguments))
-    workdir, out = epath.Path(flags.pop("workdir")), flags.pop("out")
+    workdir, out = paths.known(flags.pop("workdir")), flags.pop("out")
     given = {name: value for name, value in flags.items() if value is not None}
     job.run(workdir, Settings(**(job.stored_settings(workdir) | given)), out)
 

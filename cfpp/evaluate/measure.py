@@ -51,6 +51,12 @@ class Settings:
                 raise UserError(
                     f"evaluate.{field} is {getattr(self, field)}; it must be at least {least}"
                 )
+        windows = self.frames + 2 - features.WINDOW  # of a clip
+        if (self.episodes - 1) * windows < 2:
+            raise UserError(
+                f"evaluate.episodes is {self.episodes} and evaluate.frames {self.frames}: too few "
+                f"for a Frechet distance; give one more of either"
+            )
         if self.seed >= 2**32:
             raise UserError(f"evaluate.seed is {self.seed}; it must be less than 2**32")
 

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from cfpp.data import sources
 from cfpp.errors import UserError
 from cfpp.evaluate import metrics
 from cfpp.models.network import Network, Params
@@ -102,7 +103,7 @@ def find_stages(
         if (folder / "config.json").exists()
     }
     for folder, config in begun.items():
-        needed = ("steps", "batch_size", *stored.needed(config))
+        needed = ("steps", "batch_size", *sources.FIELDS, *stored.needed(config))
         workdirs.require(config, folder / "config.json", needed)
     finished = {
         folder: config

@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import tempfile
+import uuid
 from collections.abc import Iterator
 
 import jax
@@ -26,8 +27,8 @@ PACKAGES = (
 def read_job(workdir: epath.Path, stage: str, steps: int, batch_size: int) -> Job:
     """A finished stage with the log in its work directory (an export has none)."""
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
     try:
+        lines = path.read_text().splitlines() if path.exists() else []
         log = [json.loads(line) for line in lines]
     except ValueError as error:
         raise UserError(f"{path} is damaged, not JSON: {error}") from error
@@ -57,11 +58,10 @@ def write(report: Report, folder: epath.PathLike) -> None:
       UserError: the folder cannot be written.
     """
     folder = epath.Path(folder)
-    new = folder / "new.tmp"
+    new = folder / f"{uuid.uuid4().hex[:8]}.tmp"  # of this process alone
     with contextlib.ExitStack() as stack:
         stack.enter_context(_writing(folder))
         stack.callback(new.rmtree, missing_ok=True)
-        new.rmtree(missing_ok=True)  # of a crash
         (new / "videos").mkdir(parents=True)
         _draw(report, new)
         (folder / "index.html").unlink(missing_ok=True)  # of another report, no longer whole

@@ -27,7 +27,7 @@ from cfpp.parallel import mesh
 from cfpp.rollout import generate
 from cfpp.rollout.sampler import TEACHER_STEPS
 from cfpp.rollout.stream import Player
-from cfpp.train import checks, stored
+from cfpp.train import checks, stored, workdirs
 
 FRAMES_PER_SECOND = 8  # of the video file
 LONGEST_HOLD = 6  # frames that a random action is held
@@ -175,6 +175,7 @@ def held_out(
         return None, "an export comes without data"
     if options.text:
         return None, "--text comes without a frame"
+    workdirs.require(config, options.workdir, sources.FIELDS)
     try:
         return pipeline.test_clips(config.data, 1, 1), ""
     except sources.MissingError as error:

@@ -10,7 +10,7 @@ from flax import traverse_util
 from cfpp import stages
 from cfpp.attention.pattern import Pattern
 from cfpp.data import sources
-from cfpp.errors import UserError
+from cfpp.errors import UserError, first_line
 from cfpp.models.dit import DiT
 from cfpp.parallel import mesh
 from cfpp.train import program
@@ -63,8 +63,24 @@ RANGES = {
     **{f"critic_optimizer.{name}": limits for name, limits in OPTIMIZER_RANGES.items()},
 }
 
+FIELDS = (
+    "stage", "seed", "steps", "batch_size", "accumulate", "log_every", "save_every", "sample_every",
+    "keep", "data", "model", "pattern", "mesh", "init_from",
+)  # fmt: skip
+
 # Fields of a model that its parents need not share.
 OWN_FIELDS = ("dtype", "cache_dtype", "attention", "remat", "unroll", "gate_init")
+
+
+def check_fields(config: ml_collections.ConfigDict) -> None:
+    """Checks that a stage's configuration has what all of them have.
+
+    Raises:
+      UserError: names the first field that it lacks.
+    """
+    for field in FIELDS:
+        if field not in config:
+            raise UserError(f"config.{field} is missing; configs/common.py has what stages share")
 
 
 def check(config: ml_collections.ConfigDict) -> stages.Stage:
@@ -238,6 +254,12 @@ def build_stage(config: ml_collections.ConfigDict) -> stages.Stage:
         stage = stages.build(config)
     except ValueError as error:
         raise UserError(str(error)) from error
+    except (AttributeError, KeyError) as error:  # of another stage's configuration
+        field = first_line(error).strip("\"'")
+        raise UserError(
+            f"config.{field} is missing, a field of stage "
+            f"{config.stage}; start from that stage's configuration in configs/"
+        ) from error
     for role in config.init_from:
         if role not in stage.parents:
             raise UserError(

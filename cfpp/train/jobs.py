@@ -88,11 +88,14 @@ def _jobs(config: Config) -> dict[str, Config]:
       UserError: `config.jobs` names none, or one that there is not.
     """
     if "jobs" not in config:
+        checks.check_fields(config)
         return {"": _absolute(config)}
     known = [name for name, job in config.items() if isinstance(job, Config) and "stage" in job]
     for name in config.jobs or [""]:
         if name not in known:
             raise UserError(f"config.jobs has {name!r}; give some of {', '.join(known)}")
+        with _naming(name):
+            checks.check_fields(config[name])
     return {name: _absolute(config[name], inside=True) for name in config.jobs}
 
 

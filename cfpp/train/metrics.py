@@ -41,7 +41,7 @@ class Writer:
         path = workdir / "metrics.jsonl"
         self._path, self._rows = path, []
         if path.exists():
-            self._rows = _rows_until(first_step, path.read_text())
+            self._rows = _rows_until(first_step, path.read_bytes().decode(errors="replace"))
             paths.replace_text(path, "".join(self._rows))
         self._tensorboard = _tensorboard(workdir / "tensorboard")
 

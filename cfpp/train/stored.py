@@ -46,7 +46,7 @@ class Stored:
             network = Network.create(self.config.model, self.config.pattern)
             if self.config.stage == "bidirectional" and network.pattern.chunk is not None:
                 raise ValueError(f"pattern.chunk of stage 0 is {network.pattern.chunk}, not null")
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"{where} is damaged, {error}; restore it") from error
         wanted = nn.meta.unbox(network.shapes())
         shapes.check(wanted, self.shapes(), self.folder, dtypes=False)
@@ -103,7 +103,7 @@ def find(path: epath.PathLike) -> Stored:
     Raises:
       UserError: there is no model.
     """
-    path = epath.Path(path)
+    path = paths.known(path)
     if not path.exists():
         raise UserError(
             f"{path} does not exist, or may not be read; give a working directory or an exported "
@@ -150,6 +150,7 @@ def export(path: epath.PathLike, out: epath.PathLike, dtype: str = "float32") ->
       UserError: `out` exists, cannot be written, or there is no model or it is damaged.
     """
     paths.refuse_existing(out)
+    paths.refuse_patterns(out)
     model = find(path)
     workdirs.require(model.config, model.folder / "config.json", needed(model.config))
     config = model.config.copy_and_resolve_references().unlock()
@@ -170,6 +171,7 @@ def write(config: ml_collections.ConfigDict, params: Params, out: epath.PathLike
       MismatchError: the parameters are not of `config.model`.
     """
     paths.refuse_existing(out)
+    paths.refuse_patterns(out)
     network = Network.create(config.model, config.pattern)
     shapes.check(nn.meta.unbox(network.shapes()), params, "the given network")
     _write(config, jax.device_put(params, items.host_memory()), out)

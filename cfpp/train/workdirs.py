@@ -31,6 +31,10 @@ FAULTS_OF_THE_DISK = {
     errno.EACCES: "permission denied",
     errno.EDQUOT: "the disk quota is used up",
     errno.EEXIST: "a file is in the way",
+    errno.EIO: "the disk fails",
+    errno.EISDIR: "a folder is in the way",
+    errno.ELOOP: "links that lead in a circle",
+    errno.ENAMETOOLONG: "the name is too long",
     errno.ENOENT: "no such folder, and it cannot be made",
     errno.ENOSPC: "the disk is full",
     errno.ENOTDIR: "not a folder",
@@ -80,7 +84,9 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
       UserError: the directory cannot be read, or belongs to another configuration.
     """
     workdir = epath.Path(workdir)
+    paths.refuse_patterns(workdir)
     with disk_faults(workdir, "choose another --workdir"):
+        _check_room_for(workdir)
         if (workdir / "config.json").exists():
             _compare(config, workdir)
         elif workdir.exists() and (workdir / "checkpoints").exists():
@@ -88,6 +94,19 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
                 f"{workdir} has checkpoints but no config.json: restore that file, or choose "
                 "another --workdir"
             )
+
+
+def _check_room_for(workdir: epath.Path) -> None:
+    """Raises OSError if the folder can be neither written nor made, before data take minutes."""
+    if paths.is_remote(workdir):
+        return
+    folder = paths.absolute(workdir)
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "not to be written", str(folder))
 
 
 def claim(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
@@ -155,6 +174,9 @@ def read_config(folder: epath.PathLike) -> ml_collections.ConfigDict:
     path = epath.Path(folder) / "config.json"
     config = ml_collections.ConfigDict(_tuples(_read(path))).lock()
     if config.get("jobs"):
+        jobs = config.jobs if isinstance(config.jobs, tuple) else (None,)
+        if not all(isinstance(name, str) for name in jobs):
+            raise UserError(f"{path} is damaged: jobs are no list of names; restore it")
         return config
     require(config, path, ("stage", "data.directory", "init_from"))
     return resolve(config, folder)

@@ -83,6 +83,14 @@ def test_npy_faults(tmp_path):
     np.save(tmp_path / "x.npy", np.array([0, np.nan]))
     with pytest.raises(UserError, match=r"x\.npy has numbers that are not finite"):
         media.read_floats(tmp_path / "x.npy", 2)
+    np.save(tmp_path / "x.npy", np.array([0, 1e300]))
+    with pytest.raises(UserError, match=r"x\.npy has numbers that are not finite in float32"):
+        media.read_floats(tmp_path / "x.npy", 2)
+    whole = (tmp_path / "x.npy").read_bytes()
+    for damage in (whole.replace(b"(2,)", b"((2,"), whole.replace(b"(2,)", b"(9**9,)"), whole[:40]):
+        (tmp_path / "x.npy").write_bytes(damage)
+        with pytest.raises(UserError, match=r"x\.npy cannot be read as an npy file"):
+            media.read_floats(tmp_path / "x.npy", 2)
 
 
 def test_mp4_faults(tmp_path):
@@ -119,7 +127,7 @@ def test_image_faults(tmp_path):
         media.read_image(tmp_path, 6, 9)
 
 
-def test_kinds_of_pictures(tmp_path):
+def test_kinds_of_pictures(tmp_path, monkeypatch):
     """A picture is read as it looks, or not at all."""
     colours = np.random.default_rng(0).integers(0, 256, (6, 9, 3)).astype(np.uint8)
     image, turned = Image.fromarray(colours), Image.Exif()
@@ -138,6 +146,9 @@ def test_kinds_of_pictures(tmp_path):
     Image.fromarray(np.full((6, 9), 300, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(UserError, match="more than 8 bits a colour"):
         media.read_image(tmp_path / "deep.png", 6, 9)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # of which 6 x 9 are more, if not twice
+    with pytest.raises(UserError, match=r"opaque\.png cannot be read as a picture \(.*54 pixels"):
+        media.read_image(tmp_path / "opaque.png", 6, 9)
 
 
 def test_tile_places_every_video():

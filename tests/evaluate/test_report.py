@@ -253,6 +253,13 @@ def test_settings_out_of_range(workdir):
         job.run(workdir / "stage1", measure.Settings(), workdir / "stage1")
 
 
+def test_too_few_windows_for_a_covariance():
+    with pytest.raises(UserError, match=r"evaluate\.episodes is 2 and evaluate\.frames 2: too few"):
+        measure.Settings(episodes=2, frames=2)
+    measure.Settings(episodes=3, frames=2)
+    measure.Settings(episodes=2, frames=3)
+
+
 def test_a_report_elsewhere(workdir, tmp_path, monkeypatch, capsys):
     freeze(monkeypatch)
     out, sizes = tmp_path / "elsewhere", [f"--{name}={n}" for name, n in SETTINGS.items()]

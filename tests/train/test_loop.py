@@ -158,6 +158,8 @@ def test_rows_after_the_checkpoint_are_dropped(finished, tmp_path):
     jobs.run(fake.config(steps=4), tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "loss": 0.0}\n{"step": 8, "lo')
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe")  # what a disk made of it
     jobs.run(fake.config(), tmp_path)
     assert logged_steps(tmp_path) == [2, 4, 6, 8, 10, 12]
     assert_same_run(tmp_path, finished)
@@ -273,6 +275,32 @@ def test_a_workdir_that_cannot_be_made(tmp_path, workdir, message):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"{message}; choose another --workdir"):
         jobs.run(fake.config(), tmp_path / workdir)
+
+
+@pytest.mark.parametrize("name", ["run[1]", "back\\slash", "a]/run"])
+def test_a_workdir_that_orbax_takes_for_a_pattern(finished, tmp_path, name):
+    """It would train to the end, and save what nobody can read."""
+    with pytest.raises(UserError, match="checkpoints cannot be kept in a folder with "):
+        jobs.run(fake.config(), tmp_path / name)
+    with pytest.raises(UserError, match="checkpoints cannot be kept in a folder with "):
+        stored.export(finished, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_in_the_way_is_told_before_data_are_recorded(tmp_path):
+    (tmp_path / "file").write_text("")
+    with mock.patch.object(sources, "prepare") as prepare, pytest.raises(UserError):
+        jobs.run(fake.config(), tmp_path / "file" / "workdir")
+    prepare.assert_not_called()
+
+
+@pytest.mark.parametrize("field", checks.FIELDS)
+def test_a_configuration_that_lacks_a_field_leaves_no_trace(tmp_path, field):
+    config = fake.config().copy_and_resolve_references().unlock()
+    del config[field]
+    with pytest.raises(UserError, match=f"config.{field} is missing; configs/common.py has what"):
+        jobs.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_parents_are_what_the_stage_starts_from(finished, tmp_path):
