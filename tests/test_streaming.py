@@ -72,6 +72,27 @@ def test_the_readmes_program_streams(workdir):
     assert names["frame"].shape == (32, 32, 3)
 
 
+def test_the_serving_pages_programs_stream(workdir, tmp_path):
+    page = (pathlib.Path(__file__).parents[1] / "docs/serving.md").read_text()
+    server, smaller = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    stored.export(workdir, tmp_path / "export")
+    names = {}
+    exec(server.replace('"export"', repr(str(tmp_path / "export"))), names)
+    picture = np.full((32, 32, 3), 9, np.uint8)
+    session, programs = names["open_session"](picture, 1), stream_module._generate._cache_size()
+    assert names["next_frames"](session, 4).shape == (1, 32, 32, 3)
+    assert stream_module._generate._cache_size() == programs  # warm
+    state = session.state()
+    frame = names["next_frames"](session, 2)
+    other = names["open_session"](picture, 2)
+    other.restore(state)
+    np.testing.assert_array_equal(names["next_frames"](other, 2), frame)
+    exec(smaller, names)
+    smaller_frame = names["next_frames"](names["open_session"](picture, 1), 4)
+    assert smaller_frame.shape == (1, 32, 32, 3)
+    assert names["network"].dit.cache_dtype == "int8" and names["network"].pattern.window == 12
+
+
 def test_the_workdir_may_be_relative(workdir, monkeypatch):
     monkeypatch.chdir(workdir.parent)
     options = ["--workdir=stage1", "--out=relative.mp4", "--frames=2", "--steps=1", "--scale=1"]

@@ -63,6 +63,7 @@ RANGES = {
     **{f"critic_optimizer.{name}": limits for name, limits in OPTIMIZER_RANGES.items()},
 }
 
+# What every stage's configuration has.
 FIELDS = (
     "stage", "seed", "steps", "batch_size", "accumulate", "log_every", "save_every", "sample_every",
     "keep", "data", "model", "pattern", "mesh", "init_from",
