@@ -388,12 +388,11 @@ def test_what_a_stream_cannot_start_from(start, message):
         Player(generate.Rollout(net, consistency(1, 1.0)), tiny.params(net), **(usual | start))
 
 
-@pytest.mark.parametrize("options", [{}, {"fused": False}, {"cache_dtype": "float8_e4m3fn"}])
-def test_a_session_goes_on_elsewhere(options):
+@pytest.mark.parametrize(("fused", "cache_dtype"), [(True, ""), (False, "float8_e4m3fn")])
+def test_a_session_goes_on_elsewhere(fused, cache_dtype):
     """From bytes, to the bit, with nothing compiled anew."""
-    net = tiny.network(Pattern(first_chunk=2, window=4), channels=3)
-    net = net.clone(cache_dtype=options.get("cache_dtype", ""))
-    rollout = generate.Rollout(net, consistency(2, 3.0), fused=options.get("fused", True))
+    net = tiny.network(Pattern(first_chunk=2, window=4), channels=3).clone(cache_dtype=cache_dtype)
+    rollout = generate.Rollout(net, consistency(2, 3.0), fused=fused)
     params = jax.tree.map(jnp.asarray, tiny.params(net))
     context, condition = np.zeros((2, 0, 8, 12, 3), np.uint8), {"actions": tiny.actions(0)}
     start = lambda seed: Player(rollout, params, context, condition, jax.random.key(seed))

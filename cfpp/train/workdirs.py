@@ -86,7 +86,7 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     paths.refuse_patterns(workdir)
     with disk_faults(workdir, "choose another --workdir"):
-        _check_room_for(workdir)
+        _check_writable(workdir)
         if (workdir / "config.json").exists():
             _compare(config, workdir)
         elif workdir.exists() and (workdir / "checkpoints").exists():
@@ -96,7 +96,7 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
             )
 
 
-def _check_room_for(workdir: epath.Path) -> None:
+def _check_writable(workdir: epath.Path) -> None:
     """Raises OSError if the folder can be neither written nor made, before data take minutes."""
     if paths.is_remote(workdir):
         return
