@@ -516,9 +516,19 @@ def test_refusals(workdir, arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_cannot_be_written_is_told_before_the_model_is_loaded():
-    with pytest.raises(UserError, match="nowhere is not a directory"):
-        command.run(command.parse(["--workdir=x", "--out=nowhere/x.mp4"]))
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--out=nowhere/x.mp4", "nowhere is not a directory"),
+        ("--actions=9", "9 is out of range"),
+        ("--first_frame=nowhere.png", "nowhere.png cannot be read"),
+        ("--text=x.npy", "--text: the model takes none"),
+    ],
+)
+def test_what_cannot_be_is_told_before_the_model_is_loaded(workdir, monkeypatch, argument, message):
+    monkeypatch.setattr(stored.Stored, "load", None)
+    with pytest.raises(UserError, match=message):
+        command.run(command.parse([f"--workdir={workdir}", argument]))
 
 
 def test_damaged_data_are_told(workdir, tmp_path):

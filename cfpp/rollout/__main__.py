@@ -191,13 +191,14 @@ def destination(options: argparse.Namespace, config: ml_collections.ConfigDict) 
     """The file to write.
 
     Raises:
-      UserError: its name is not that of what it will hold.
+      UserError: its name is not that of what it will hold, or it cannot be written.
     """
     latents = has_latents(config)
     kind, suffix = ("latents are an NPY", ".npy") if latents else ("the video is an MP4", ".mp4")
     out = options.out or f"rollout{suffix}"
     if not out.lower().endswith(suffix):
         raise UserError(f"--out={out}: {kind}; give a name that ends in {suffix}")
+    media.check_writable(out)
     return out
 
 
@@ -294,8 +295,6 @@ def run(options: argparse.Namespace) -> None:
     least, most = checks.RANGES["guidance"]
     if options.guidance is not None and not least <= options.guidance <= most:
         raise UserError(f"--guidance is {options.guidance:g}; it must be {least:g} to {most:g}")
-    if options.out:
-        media.check_writable(options.out)
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed is {options.seed}; it must be at least 0 and less than 2**32")
     with contextlib.ExitStack() as stack:
@@ -309,11 +308,11 @@ def stream(options: argparse.Namespace) -> None:
     model = stored.find(options.workdir or options.checkpoint)
     network = model.network()
     out = destination(options, model.config)
-    rollout, params = load(options, model, network)
-    dit = rollout.network.dit
-    actions = steering(options, dit.num_actions)
+    actions = steering(options, network.dit.num_actions)
+    text = text_of(options, model.config, network.dit.text_dim)
     context, given = first_frames(options, model.config)
-    condition = {"actions": given} | text_of(options, model.config, dit.text_dim)
+    condition = {"actions": given} | text
+    rollout, params = load(options, model, network)
     key = jax.random.key(options.seed)
     player = lambda: Player(rollout, params, context, condition, key)
     chunk = rollout.network.pattern.chunk
