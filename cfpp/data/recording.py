@@ -44,6 +44,11 @@ def tensor(shape: tuple[int, ...], dtype: type) -> tfds.features.Tensor:
     return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
 
 
+class _Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing: no bucket has it, and to look would leave an empty temporary folder."""
+
+
 class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     """A dataset of episodes of one length; a subclass says what an episode is and plays it."""
 
@@ -56,7 +61,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         """Plays episodes for ever, always the same ones for a split."""
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
+        return _Info(
             builder=self,
             description=self.builder_config.description,
             features=self.features(),

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -81,6 +82,13 @@ def test_a_recording_that_was_interrupted_is_not_a_dataset(tmp_path, death):
     config = make_config(tmp_path, episodes=100000, episode_frames=64)
     with pytest.raises(UserError, match="not recorded"):
         sources.open_split(config, "train")
+
+
+def test_recording_leaves_no_temporary_folders(tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    sources.prepare(make_config(tmp_path / "data"))
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_a_second_process_that_records_the_same_is_no_fault(tmp_path, monkeypatch):
