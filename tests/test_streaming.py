@@ -90,7 +90,7 @@ def test_the_serving_pages_programs_stream(workdir, tmp_path):
     exec(smaller, names)
     smaller_frame = names["next_frames"](names["open_session"](picture, 1), 4)
     assert smaller_frame.shape == (1, 32, 32, 3)
-    assert names["network"].dit.cache_dtype == "int8" and names["network"].pattern.window == 12
+    assert names["network"].dit.cache_dtype == "int8" and names["network"].pattern.window == 4
 
 
 def test_the_workdir_may_be_relative(workdir, monkeypatch):
