@@ -54,7 +54,7 @@ def refuse_patterns(folder: epath.PathLike) -> None:
 
 def refuse_existing(path: epath.PathLike) -> None:
     """Raises UserError if there is something, so that nothing is overwritten."""
-    if known(path).exists():
+    if known(path).exists() or os.path.lexists(path):  # a link that leads nowhere, too
         raise UserError(f"{path} exists and is not overwritten; choose another folder")
 
 

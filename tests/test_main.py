@@ -222,6 +222,23 @@ def test_a_job_of_several_stages(job, tmp_path, capsys):
     assert stored.find(tmp_path / "moved").config.init_from.teacher == str(tmp_path / "moved/first")
 
 
+def test_a_finished_job_without_its_data_records_them_for_its_report(job, tmp_path):
+    config, evaluation = job
+    jobs.run(config, str(tmp_path))
+    with mock.patch("cfpp.data.sources.prepare") as prepare:
+        jobs.run(config, str(tmp_path))
+        prepare.assert_not_called()
+        (tmp_path / "report/index.html").unlink()
+        jobs.run(config, str(tmp_path))
+    assert prepare.call_count == 1 and evaluation.call_count == 2
+
+
+def test_nothing_is_written_where_a_link_leads_nowhere(tmp_path):
+    (tmp_path / "link").symlink_to("/nowhere")
+    with pytest.raises(UserError, match="exists and is not overwritten"):
+        paths.refuse_existing(tmp_path / "link")
+
+
 def test_a_finished_job_evaluates_anew_with_other_settings(job, tmp_path):
     config, evaluation = job
     jobs.run(config, str(tmp_path))

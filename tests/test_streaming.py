@@ -391,7 +391,7 @@ def test_what_a_stream_cannot_start_from(start, message):
 @pytest.mark.parametrize(("fused", "cache_dtype"), [(True, ""), (False, "float8_e4m3fn")])
 def test_a_session_goes_on_elsewhere(fused, cache_dtype):
     """From bytes, to the bit, with nothing compiled anew."""
-    net = tiny.network(Pattern(first_chunk=2, window=4), channels=3).clone(cache_dtype=cache_dtype)
+    net = tiny.network(Pattern(chunk=2, window=4), channels=3).clone(cache_dtype=cache_dtype)
     rollout = generate.Rollout(net, consistency(2, 3.0), fused=fused)
     params = jax.tree.map(jnp.asarray, tiny.params(net))
     context, condition = np.zeros((2, 0, 8, 12, 3), np.uint8), {"actions": tiny.actions(0)}
@@ -410,6 +410,11 @@ def test_a_session_goes_on_elsewhere(fused, cache_dtype):
             np.testing.assert_array_equal(play(other), expected)
     after = stream_module._generate._cache_size(), stream_module._context_pass._cache_size()
     assert after == programs
+    further = np.zeros((2, 1, 8, 12, 3), np.uint8)  # given frames move where chunks begin
+    other = Player(rollout, params, further, {"actions": tiny.actions(1)}, jax.random.key(2))
+    other.restore(pickle.loads(kept[0]))
+    np.testing.assert_array_equal(play(other), frames[0])
+    np.testing.assert_array_equal(play(other), frames[1])
     single = Player(rollout, params, context[:1], {"actions": tiny.actions(0)[:1]}, player._rng)
     with pytest.raises(ValueError, match="the state is of another model, batch"):
         single.restore(player.state())

@@ -37,6 +37,10 @@ FIELDS = tuple(
 )  # fmt: skip
 
 
+# How much is recorded, and of which size.
+RECORDED = ("episodes", "episode_frames", "height", "width")
+
+
 class MissingError(UserError):
     """A dataset that is not there, or that no source gives."""
 
@@ -102,7 +106,7 @@ class Episodes:
     def __getitem__(self, index: int) -> dict:
         try:
             record = self._source[index]
-        except RuntimeError as error:  # what array_record raises for a damaged file
+        except (RuntimeError, ValueError) as error:  # of array_record; of an empty record
             raise UserError(
                 f"cannot read record {index} from {self._file(index)}: {one_line(error)}; "
                 f"delete {self.directory} and prepare the dataset again"
@@ -255,8 +259,9 @@ def open_split(data_config: ml_collections.ConfigDict, split: str) -> Episodes:
         dataset = _open_dataset(recorded.directory)
     else:
         raise MissingError(
-            f"{data_config.name} is not recorded in {recorded.directory}; "
-            "run python -m cfpp.data.prepare"
+            f"{data_config.name} is not recorded in {recorded.directory}; run python -m "
+            f"cfpp.data.prepare --data={data_config.name} --directory={_root(data_config)} "
+            + " ".join(f"--{name}={data_config[name]}" for name in RECORDED)
         )
     splits = dataset.info.splits
     if "train" not in splits:
@@ -329,7 +334,7 @@ def _recording(data_config: ml_collections.ConfigDict) -> _Recording | None:
         raise _unknown(data_config.name)
     if data_config.name.startswith("tfds:"):
         return None
-    for field in ("episodes", "episode_frames", "height", "width"):
+    for field in RECORDED:
         if data_config[field] < 1:
             raise UserError(f"data.{field} is {data_config[field]}; give at least 1")
     size = {"episodes": data_config.episodes, "episode_frames": data_config.episode_frames}

@@ -96,14 +96,16 @@ def sizes(text: str) -> dict[str, int]:
     Raises:
       UserError: a word is not AXIS=SIZE.
     """
-    found = dict.fromkeys(AXES, 1)
+    found = {}
     for word in text.split(","):
         axis, _, size = word.partition("=")
         if axis not in AXES or not re.fullmatch(r"-?\d+", size):
             known = ", ".join(f"{axis}=N" for axis in AXES)
             raise UserError(f"--mesh={text}: {word!r} is none of {known}")
+        if axis in found:
+            raise UserError(f"--mesh={text}: {axis} is there twice; give each axis once")
         found[axis] = int(size)
-    return found
+    return dict.fromkeys(AXES, 1) | found
 
 
 def check(mesh: Mesh, model: ml_collections.ConfigDict, name: str = "config.model") -> None:

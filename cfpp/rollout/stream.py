@@ -116,8 +116,13 @@ class Player:
         Returns:
           A tree of NumPy arrays, which can be pickled; most of it is the cache.
         """
-        key = jax.random.key_data(self._rng)
-        return jax.device_get({"stream": self._stream, "key": key, "schedule": self._schedule})
+        state = {
+            "stream": self._stream,
+            "key": jax.random.key_data(self._rng),
+            "schedule": self._schedule,
+            "first_chunk": self._rollout.network.pattern.first_chunk,  # where chunks begin
+        }
+        return jax.device_get(state)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on, bit for bit, where a session was when its `state` was taken.
@@ -137,6 +142,8 @@ class Player:
         key = jnp.asarray(state["key"])
         self._rng = jax.random.wrap_key_data(key, impl=jax.random.key_impl(self._rng))
         self._schedule = state["schedule"]
+        network = self._rollout.network.attending(first_chunk=state["first_chunk"])
+        self._rollout = self._rollout.replace(network=network)
 
     def _check_text(self, text: jax.Array | None, batch: int) -> None:
         """Raises ValueError if a text is missing or not one that the model takes."""

@@ -138,6 +138,8 @@ def _restore(path: epath.Path, template: Tree, data: grain.DatasetIterator) -> T
     with items.damage():
         state = template.replace(ema=restored[items.MODEL], **restored[items.STATE])
         items.check_fingerprint(items.inspect(state)[1], restored[items.FINGERPRINT])
+        if restored[items.DATA] != {"next_index": int(state.step)}:  # a batch a step
+            raise items.DamageError(f"its data are at {restored[items.DATA]}, not at its step")
         data.set_state(restored[items.DATA])
     return state
 

@@ -87,6 +87,8 @@ def read(folder: epath.Path, **items: ocp.args.CheckpointArgs) -> dict[str, Tree
 
 def shapes_of(item: epath.Path) -> Tree:
     """The stored tree with `jax.ShapeDtypeStruct`s for arrays."""
+    if not (item / "manifest.ocdbt").exists():  # TensorStore would tell that by many tracebacks
+        raise DamageError(f"{item / 'manifest.ocdbt'} is missing")
     metadata = ocp.StandardCheckpointHandler().metadata(paths.absolute(item))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), metadata.tree)
 

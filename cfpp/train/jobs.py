@@ -61,6 +61,7 @@ def run(config: Config, workdir: str, profile: bool = False) -> bool:
         if "evaluate" in config:
             if hosts.is_first():
                 if len(done) < len(jobs) or not evaluate.is_reported(config, workdir):
+                    sources.prepare(data)  # they may have gone since the stages were trained
                     evaluate.run(workdir, evaluate.Settings(**config.evaluate))
                 else:
                     print(f"the report is in {os.path.join(workdir, 'report')}")

@@ -121,10 +121,11 @@ def train(
                     is_finite, fingerprint = items.inspect(state)
                     if not is_finite:
                         raise diverged("state", step, checkpoints)
-                    checkpoints.save(step, state, fingerprint, data)
-                if is_sampled:
+                if is_sampled:  # before it is saved, or a run ended here would never draw them
                     with jax.set_mesh(device_mesh):
                         samples.draw(config, state, step, writer, workdir)
+                if is_saved:
+                    checkpoints.save(step, state, fingerprint, data)
             if is_last:
                 break
 

@@ -81,12 +81,18 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     """Checks that `workdir` is nobody's yet, or that of `config`.
 
     Raises:
-      UserError: the directory cannot be read, or belongs to another configuration.
+      UserError: the directory cannot be read or written, belongs to another configuration, or is an
+        export.
     """
     workdir = epath.Path(workdir)
     paths.refuse_patterns(workdir)
     with disk_faults(workdir, "choose another --workdir"):
         _check_writable(workdir)
+        if (workdir / "model").exists():  # which would be taken for what is trained there
+            raise UserError(
+                f"{workdir} is an exported model; name it in config.init_from, and choose another "
+                "--workdir"
+            )
         if (workdir / "config.json").exists():
             _compare(config, workdir)
         elif workdir.exists() and (workdir / "checkpoints").exists():

@@ -193,6 +193,16 @@ def test_a_truncated_file_stops_training_with_an_error_that_names_it(damaged, wo
     assert str(file) in str(caught.value)
 
 
+def test_a_file_of_one_block_is_named(tmp_path):
+    """So much of it reads as records without contents."""
+    config = make_config(tmp_path, episodes=32, episode_frames=64)
+    sources.prepare(config)
+    [file] = record_files(config)
+    file.write_bytes(file.read_bytes()[: 2**16])
+    with pytest.raises(UserError, match=r"cannot read record \d+ from .*train\.array_record"):
+        contents(config, "train")
+
+
 def test_a_missing_file_is_named(damaged):
     [file] = record_files(damaged)
     file.unlink()

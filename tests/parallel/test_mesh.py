@@ -239,7 +239,11 @@ def test_an_axis_without_a_place():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("fsdp=16,contxt=4", "'contxt=4' is none of data=N"), ("fsdp", "'fsdp' is none of")],
+    [
+        ("fsdp=16,contxt=4", "'contxt=4' is none of data=N"),
+        ("fsdp", "'fsdp' is none of"),
+        ("fsdp=2,data=2,fsdp=4", "fsdp is there twice; give each axis once"),
+    ],
 )
 def test_sizes_that_cannot_be_read(text, message):
     with pytest.raises(UserError, match=message):

@@ -3,6 +3,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import weakref
 from unittest import mock
 
@@ -73,6 +74,8 @@ def flip_a_bit(path):
         ("model", None, flip_a_bit),
         ("model", "manifest.ocdbt", os.remove),
         ("data", "metadata", truncate),
+        ("data", "metadata", lambda path: path.write_text('{"next_index": 11}')),
+        ("data", "metadata", lambda path: path.write_text('{"next_index": "x"}')),
         (".", "state", shutil.rmtree),
     ],
 )
@@ -199,6 +202,27 @@ def test_export_has_the_model_and_its_config(trained, tmp_path, capsys):
     child = fake.config(model={"dim": 64}, init_from={"teacher": str(tmp_path / "out")}, steps=1)
     with fake.patches(dim=64)[2]:
         jobs.run(child, tmp_path / "child")
+
+
+def test_an_export_is_no_workdir(trained, tmp_path):
+    """What is trained there would not be seen, and its configuration would tell of it."""
+    stored.export(trained, tmp_path / "out")
+    before = (tmp_path / "out" / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"out is an exported model; name it in config\.init_from"):
+        jobs.run(CONFIG, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == before
+
+
+def test_a_missing_manifest_is_told_in_one_line(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    for step in (8, 12):
+        (tmp_path / f"run/checkpoints/{step}/model/manifest.ocdbt").unlink()
+    program = "import sys; from cfpp.train import stored; stored.find(sys.argv[1]).load()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "run"], capture_output=True, text=True
+    )
+    lines = done.stderr.splitlines()
+    assert "manifest.ocdbt is missing" in lines[-1] and "Event loop" not in done.stderr
 
 
 def test_paths_may_be_relative(trained, tmp_path, monkeypatch):

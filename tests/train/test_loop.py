@@ -549,6 +549,21 @@ def test_samples_are_asked_for(tmp_path):
     assert not draw.called
 
 
+def test_samples_are_drawn_before_their_step_is_saved(tmp_path):
+    """So a run that ends while drawing them draws them again."""
+
+    done = []
+    draw = lambda config, state, step, writer, workdir: done.append(("drawn", step))
+    save = lambda self, step, *rest: done.append(("saved", step))
+    with (
+        mock.patch.object(samples, "check"),
+        mock.patch.object(samples, "draw", draw),
+        mock.patch.object(checkpoint.Checkpoints, "save", save),
+    ):
+        jobs.run(fake.config(steps=8, save_every=4, sample_every=4), tmp_path)
+    assert done == [("drawn", 4), ("saved", 4), ("drawn", 8), ("saved", 8)]
+
+
 def test_donated_buffers_do_not_reach_the_disk(tmp_path):
     """Steps go on while a checkpoint is being written: it must be of the step that it says."""
     config = fake.config(steps=6, save_every=1, keep=6, model={"dim": 512})
