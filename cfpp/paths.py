@@ -1,6 +1,8 @@
 """Paths on disks and in buckets, such as gs://bucket/folder."""
 
+import errno
 import os
+import tempfile
 
 from etils import epath
 
@@ -56,6 +58,26 @@ def refuse_existing(path: epath.PathLike) -> None:
     """Raises UserError if there is something, so that nothing is overwritten."""
     if known(path).exists() or os.path.lexists(path):  # a link that leads nowhere, too
         raise UserError(f"{path} exists and is not overwritten; choose another folder")
+
+
+def try_folder(folder: epath.PathLike) -> None:
+    """Sees that a folder can be written, or made, and leaves it as it is.
+
+    Raises:
+      OSError: it can not; its `filename` is what is in the way, or the folder.
+    """
+    if is_remote(folder):
+        return  # buckets have no folders
+    folder = place = absolute(folder)
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+    try:
+        with tempfile.TemporaryDirectory(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def replace_text(path: epath.PathLike, text: str) -> None:

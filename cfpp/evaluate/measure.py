@@ -55,7 +55,7 @@ class Settings:
         if (self.episodes - 1) * windows < 2:
             raise UserError(
                 f"evaluate.episodes is {self.episodes} and evaluate.frames {self.frames}: too few "
-                f"for a Frechet distance; give one more of either"
+                "for a Frechet distance; give one more of either"
             )
         if self.seed >= 2**32:
             raise UserError(f"evaluate.seed is {self.seed}; it must be less than 2**32")

@@ -7,7 +7,6 @@ import math
 import os
 import pathlib
 import platform
-import tempfile
 import uuid
 from collections.abc import Iterator
 
@@ -41,12 +40,8 @@ def reserve(folder: epath.PathLike) -> None:
     Raises:
       UserError: it cannot.
     """
-    if paths.is_remote(folder):
-        return  # buckets have no folders
-    folder = paths.absolute(folder)
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    with _writing(folder), tempfile.TemporaryDirectory(dir=place):
-        pass
+    with _writing(folder):
+        paths.try_folder(folder)
 
 
 def write(report: Report, folder: epath.PathLike) -> None:

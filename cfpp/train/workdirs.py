@@ -87,7 +87,7 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     paths.refuse_patterns(workdir)
     with disk_faults(workdir, "choose another --workdir"):
-        _check_writable(workdir)
+        paths.try_folder(workdir)  # before data take minutes
         if (workdir / "model").exists():  # which would be taken for what is trained there
             raise UserError(
                 f"{workdir} is an exported model; name it in config.init_from, and choose another "
@@ -100,19 +100,6 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
                 f"{workdir} has checkpoints but no config.json: restore that file, or choose "
                 "another --workdir"
             )
-
-
-def _check_writable(workdir: epath.Path) -> None:
-    """Raises OSError if the folder can be neither written nor made, before data take minutes."""
-    if paths.is_remote(workdir):
-        return
-    folder = paths.absolute(workdir)
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, "not to be written", str(folder))
 
 
 def claim(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
