@@ -17,9 +17,7 @@ which leave stage 3's denoising early, count as one turn.
 import dataclasses
 import itertools
 import json
-import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator
 
@@ -306,23 +304,6 @@ def _write(path: str, reports: list[Report]) -> None:
     paths.replace_text(path, json.dumps(rows, indent=1) + "\n")
 
 
-def check_writable(path: str) -> None:
-    """Checks that a file can be written, and leaves it as it is.
-
-    Raises:
-      UserError: it cannot.
-    """
-    if os.path.isdir(path):
-        raise UserError(f"--json={path}: this is a folder; give a file in it")
-    try:
-        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--json={path}: {error.strerror}; give a file in a folder that is there"
-        ) from error
-
-
 def parse(argv: list[str]) -> list[str]:
     """Parses the command line, for `absl.app`.
 
@@ -338,7 +319,7 @@ def parse(argv: list[str]) -> list[str]:
     if flags.FLAGS.mesh:
         mesh.sizes(flags.FLAGS.mesh)
     if flags.FLAGS.json:
-        check_writable(flags.FLAGS.json)
+        paths.check_file(flags.FLAGS.json)
     return left_over
 
 

@@ -64,7 +64,7 @@ class Mp4Writer:
         self._shape: tuple[int, ...] | None = None
         self._process: subprocess.Popen | None = None
         self._log = None
-        check_writable(self._path)
+        paths.check_file(self._path)
 
     def append(self, frame: np.ndarray) -> None:
         """Adds one frame, uint8 `[H, W, 3]`."""
@@ -164,7 +164,7 @@ class NpyWriter:
         self._path = paths.known(path)
         self._file = None
         self._frames, self._shape = 0, None
-        check_writable(self._path)
+        paths.check_file(self._path)
 
     def append(self, latent: np.ndarray) -> None:
         """Adds one latent, floats `[H, W, C]`."""
@@ -283,7 +283,7 @@ def read_image(path: epath.PathLike, height: int, width: int) -> np.ndarray:
 def write_image(path: epath.PathLike, image: np.ndarray) -> None:
     """Writes a picture, uint8 `[H, W, 3]`, as PNG."""
     path = epath.Path(path)
-    check_writable(path)
+    paths.check_file(path)
     try:
         encoded = io.BytesIO()
         Image.fromarray(np.asarray(image)).save(encoded, "PNG")
@@ -402,16 +402,3 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
-
-
-def check_writable(path: epath.PathLike) -> None:
-    """Raises UserError if a file of that name cannot be written, as far as its name tells."""
-    path = paths.known(path)
-    if paths.is_remote(path):
-        return  # buckets have no folders
-    if path.is_dir():
-        raise UserError(f"{path} is a directory; a file name was expected")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent} is not a directory, so {path.name} cannot be written there")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"{path} cannot be written: permission denied; give another file")

@@ -60,6 +60,19 @@ def refuse_existing(path: epath.PathLike) -> None:
         raise UserError(f"{path} exists and is not overwritten; choose another folder")
 
 
+def check_file(path: epath.PathLike) -> None:
+    """Raises UserError if a file cannot be written there, as far as its name tells."""
+    path = known(path)
+    if is_remote(path):
+        return  # buckets have no folders
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; a file name was expected")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is not a directory, so {path.name} cannot be written there")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: permission denied; give another file")
+
+
 def try_folder(folder: epath.PathLike) -> None:
     """Sees that a folder can be written, or made, and leaves it as it is.
 

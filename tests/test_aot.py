@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from cfpp import paths
 from cfpp.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -41,7 +42,7 @@ def command(*arguments):
         ([STAGE1, "--config.modle.dim=1", "--topology=v5p:2x2x1"], "nearest is model.dim"),
         ([STAGE1, "--topology=v5e:2x2", "--sweep", "--mesh=fsdp=4"], "give one of the two"),
         ([STAGE1, "--topology=v5e:2x2", "--mesh=fsdp=2,contxt=2"], "'contxt=2' is none of data=N"),
-        ([STAGE1, "--topology=v5e:2x2", "--json=no/such/out.json"], "No such file or directory"),
+        ([STAGE1, "--topology=v5e:2x2", "--json=no/such/out.json"], "no/such is not a directory"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(arguments, message):
@@ -195,12 +196,12 @@ def test_a_file_is_left_as_it_is_until_there_are_figures(aot, tmp_path):
     (tmp_path / "old.json").write_text("old")
     (tmp_path / "new.json.tmp").write_text("another's")
     for name in ("old.json", "new.json"):
-        aot.check_writable(str(tmp_path / name))
+        paths.check_file(tmp_path / name)
     assert {path.name for path in tmp_path.iterdir()} == {"old.json", "new.json.tmp"}
     assert (tmp_path / "new.json.tmp").read_text() == "another's"
     assert (tmp_path / "old.json").read_text() == "old"
-    with pytest.raises(UserError, match=f"--json={tmp_path}: this is a folder"):
-        aot.check_writable(str(tmp_path))
+    with pytest.raises(UserError, match=f"{tmp_path} is a directory"):
+        paths.check_file(tmp_path)
 
 
 needs_compiler = pytest.mark.skipif(

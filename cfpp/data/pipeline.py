@@ -108,7 +108,7 @@ class _BatchIterator(grain.DatasetIterator):
         return dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers), _follow_parent)
 
     def get_state(self) -> dict[str, int]:
-        return {"next_index": self._position}
+        return position(self._position)
 
     def set_state(self, state: dict[str, int]) -> None:
         self._stop()
@@ -122,6 +122,11 @@ class _BatchIterator(grain.DatasetIterator):
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+
+
+def position(batches: int) -> dict[str, int]:
+    """The state of a pipeline that has given so many batches."""
+    return {"next_index": batches}
 
 
 def _follow_parent(index: int, count: int) -> None:

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from cfpp import media
+from cfpp import media, paths
 from cfpp.attention.cache import LARGEST_VALUES
 from cfpp.attention.dispatch import IMPLEMENTATIONS
 from cfpp.data import pipeline, sources
@@ -198,7 +198,7 @@ def destination(options: argparse.Namespace, config: ml_collections.ConfigDict) 
     out = options.out or f"rollout{suffix}"
     if not out.lower().endswith(suffix):
         raise UserError(f"--out={out}: {kind}; give a name that ends in {suffix}")
-    media.check_writable(out)
+    paths.check_file(out)
     return out
 
 

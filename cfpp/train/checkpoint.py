@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from cfpp.data import pipeline
 from cfpp.models import shapes
 from cfpp.parallel import hosts
 from cfpp.train import items
@@ -138,7 +139,7 @@ def _restore(path: epath.Path, template: Tree, data: grain.DatasetIterator) -> T
     with items.damage():
         state = template.replace(ema=restored[items.MODEL], **restored[items.STATE])
         items.check_fingerprint(items.inspect(state)[1], restored[items.FINGERPRINT])
-        if restored[items.DATA] != {"next_index": int(state.step)}:  # a batch a step
+        if restored[items.DATA] != pipeline.position(int(state.step)):  # a batch a step
             raise items.DamageError(f"its data are at {restored[items.DATA]}, not at its step")
         data.set_state(restored[items.DATA])
     return state
