@@ -29,7 +29,7 @@ setup(
         "etils[epath]>=1.12",
         "flax>=0.12,<0.13",
         "grain>=0.2.15,<0.3",
-        "imageio[ffmpeg]>=2.37",
+        "imageio-ffmpeg>=0.6",
         "importlib-resources>=6.0",  # tensorflow-datasets needs it and does not say so.
         f"jax>={JAX}",
         "matplotlib>=3.10",
@@ -52,6 +52,7 @@ setup(
         "test": [
             "diffusers>=0.42",
             "hypothesis>=6.100",
+            "imageio[ffmpeg]>=2.37",
             "ipykernel>=7.0",
             "nbclient>=0.10",
             "pytest>=8.0",

@@ -50,7 +50,7 @@ def run(variant: str, workdir: pathlib.Path) -> dict:
         "seconds": round(seconds),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime),
         "peak_gib": round(usage.ru_maxrss / 2**20, 2),
-        "stream_frames_per_second": float(re.search(r"then: (\d+) frames/s", said).group(1)),
+        "stream_frames_per_second": float(re.search(r"then: ([\d.]+) frames/s", said).group(1)),
         "stream_first_frame_ms": float(re.search(r"first frame after: ([\d.]+)", said).group(1)),
         "stream_peak_mib": {frames: peak for frames, (_, peak) in streams.items()},
         "report": json.loads((workdir / "report" / "results.json").read_text()),

@@ -88,10 +88,9 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        """Reads the command line.
+        """Reads the command line: refuses an empty option, such as `--out=$UNSET`.
 
-        Of an option that is empty, as `--out=$UNSET` is, it tells; and `~` is the home directory
-        after `=` too, where no shell says so.
+        It also expands `~` after `=`, which no shell does.
         """
         options = super().parse_args(args, namespace)
         for name, value in vars(options).items():

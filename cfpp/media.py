@@ -340,7 +340,7 @@ def film_strips(
 
     Args:
       strips: the rows; every video has the same frame size, and at most `len(columns)` frames.
-      columns: what stands over each frame; a line break starts a second, smaller line.
+      columns: what stands over each frame; a line break starts a second, fainter line.
       scale: size of a video pixel in the picture.
       corner: what stands over the row titles; line breaks as in `columns`.
       given: so many frames at the left were given, not generated: a gap sets them apart.

@@ -61,7 +61,7 @@ def parse(arg: str, teachers: tuple[str, ...] = ()) -> ConfigDict:
 
 
 def base(stage: str, options: ConfigDict) -> ConfigDict:
-    """The fields of every stage, for the world of `options`."""
+    """The fields that stages share, for the world of `options`; some delete a few."""
     config = ConfigDict()
     config.stage = stage
     config.seed = 0

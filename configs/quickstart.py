@@ -39,7 +39,7 @@ def get_config(arg: str = ""):
         job = module.get_config(world)
         job.steps = steps
         # Four a stage, the fourth after the last step: one compiles for some seconds, and the three
-        # others of all stages together take some 5 s of the ten minutes.
+        # others of all stages together take some 5 s of the default run.
         job.sample_every = 0 if arg == "smoke" else -(-steps // 4)
         if arg == "smoke":
             job.optimizer = common.optimizer("adamw", 1e-3)  # compiles faster than Muon
@@ -59,7 +59,7 @@ def get_config(arg: str = ""):
     config.stage3.init_from.student = "../stage2"
     config.stage3.init_from.real = "../stage1"
     if arg == "long":
-        # What smaller batches gain in ten minutes goes in longer runs.
+        # What smaller batches gain in the default run goes in longer ones.
         config.stage1.batch_size, config.stage1.ema.decay = 8, 0.99
         config.stage2.batch_size, config.stage2.ema.decay = 8, 0.9
         config.stage2.grid_steps = 24  # its sizes: 6, 12, 24

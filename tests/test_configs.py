@@ -181,6 +181,13 @@ def test_fields_that_cannot_be(field, value, message):
         checks.check(config)
 
 
+def test_a_critic_takes_a_step_at_least():
+    config = config_of("stage3", "")
+    config.critic_steps = 0
+    with pytest.raises(UserError, match=r"config\.critic_steps is 0; it must be at least 1"):
+        checks.check(config)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -92,6 +92,7 @@ def test_chunks_after_given_frames():
     assert Pattern(chunk=3).after(1).chunk_index(7).tolist() == [0, 1, 1, 1, 2, 2, 2]
     assert Pattern(chunk=3).after(6) == Pattern(chunk=3)
     assert Pattern(chunk=3, first_chunk=1).after(6) == Pattern(chunk=3)
+    assert Pattern(chunk=3, first_chunk=3) == Pattern(chunk=3)
     assert Pattern(chunk=3, first_chunk=4).after(7) == Pattern(chunk=3, first_chunk=4)
     assert Pattern(chunk=3, first_chunk=4).after(0) == Pattern(chunk=3, first_chunk=4)
     assert Pattern(chunk=3, first_chunk=1).after(4) == Pattern(chunk=3, first_chunk=1)

@@ -95,6 +95,23 @@ def test_a_cache_too_short_for_the_schedule(pattern, given, slots, chunks, messa
     assert jax.eval_shape(lambda p: run(p, needed), params).x0.shape[1] == actions.shape[1] - given
 
 
+def test_without_a_window_a_stream_is_not_unrolled_in_another_program():
+    """Its frame is not known there: the cache might be too short, and nobody would see it."""
+    net = tiny.network(Pattern())
+    rollout, noise, params = (
+        Rollout(net, euler(1, 3.0)),
+        tiny.noise_table(net, 8, 1),
+        tiny.params(net),
+    )
+    start = jax.jit(
+        lambda p: rollout.start(p, tiny.latents(net, 0), {"actions": tiny.actions(0)}, 4)
+    )
+    stream, condition = jax.eval_shape(start, params), {"actions": tiny.actions(3)}
+    unroll = lambda p, s: rollout.unroll(p, s, condition, noise, jnp.ones((3, 2)), np.zeros(3, int))
+    with pytest.raises(ValueError, match="without a window, a clip is unrolled in the program"):
+        jax.eval_shape(unroll, params, stream)
+
+
 def test_frames_of_another_size():
     net = tiny.network()
     rollout = Rollout(net, euler(1, 3.0))

@@ -445,6 +445,12 @@ def test_a_prompt_counts_from_the_next_chunk_on():
             Player(rollout, params, given, {"text": one}, key, texts or {"text": None})
     with pytest.raises(ValueError, match=r"a text is \[1, 0, 4\]"):
         players["one"].prompt(np.zeros((1, 0, 4)))
+    with pytest.raises(ValueError, match=r"a text is \[1, 5, 4\], but null's \[1, 3, 4\]"):
+        players["one"].prompt(np.zeros((1, 5, 4)))
+    for guidance, wrong in ((None, {"text": null}), (2.0, {"actions": null}), (2.0, {})):
+        other_rollout = rollout.replace(guidance=guidance)
+        with pytest.raises(ValueError, match="for a rollout with guidance, got "):
+            Player(other_rollout, params, given, {"text": one}, key, wrong)
     players["one"].prompt(np.asarray(other).tolist())  # any numbers of that shape
     stronger = rollout.replace(guidance=3.0)
     Player(stronger, params, given, {"text": one}, key, {"text": null}).play()

@@ -26,7 +26,7 @@ class Pattern:
     Attributes:
       chunk: frames in a chunk; None makes the whole clip one chunk (bidirectional).
       first_chunk: frames in the first chunk where that differs, e.g. the given frames of
-        image-to-video; None is `chunk`.
+        image-to-video; None where it does not (`chunk` is taken for that too).
       window: the most frames that a query may attend to, its own chunk and the sink included;
         None is all.
       sink: the first frames of the clip, which stay visible when the window has moved on.
@@ -55,6 +55,8 @@ class Pattern:
             for name, size in fields.items():
                 if size is not None:
                     raise ValueError(f"a bidirectional pattern has no {name}, got {size}")
+        elif self.first_chunk == self.chunk:  # one pattern, one value
+            object.__setattr__(self, "first_chunk", None)
         if self.window is None:
             if self.sink:
                 raise ValueError(f"a sink of {self.sink} frames needs a window to stay in")

@@ -19,9 +19,9 @@ class RecordingConfig(tfds.core.BuilderConfig):
     """How much to record.
 
     Attributes:
-      episodes: number of episodes of the train split. The test split has an eighth of it, but at
-        least 64 (of short trainings), or 128 where that is half at most: the evaluation takes 64
-        and, as the reference of the Frechet distance, as many others.
+      episodes: number of episodes of the train split. The test split has an eighth of it, or half
+        of it up to 128, or 64, whichever is most: the evaluation takes 64 and, as the reference of
+        the Frechet distance, as many others.
       episode_frames: frames in each episode.
     """
 

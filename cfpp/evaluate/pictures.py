@@ -32,7 +32,7 @@ def comparison(report: Report) -> np.ndarray:
         note = "held-out episode"
         if row.passes is not None:
             note = f"{row.passes:g} pass{'es' * (row.passes != 1)} a frame"
-            note += f", {row.figures['speed'].mean:.0f} frames/s"
+            note += f", {row.figures['speed'].mean:.1f} frames/s"
         clip = row.video[episode, indices]
         strips.append(media.Strip(row.name, note, clip, apart=row.family != before))
         before = row.family

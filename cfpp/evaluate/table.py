@@ -155,7 +155,7 @@ def columns(report: Report) -> list[Column]:
     last = settings.frames
     table = [
         Column(
-            "speed", "Frames", "per second", "", False, 0,
+            "speed", "Frames", "per second", "", False, 1,
             "frames generated per second for one viewer (batch 1), compilation not counted, of one "
             "short stream: it varies with whatever else the machine does.",
         ),

@@ -73,6 +73,7 @@ def network(
     dim, channels, _, patch, _ = shape("patch_embedding.weight")
     if dim % head_dim:
         raise ValueError(f"a width of {dim} does not split into heads of {head_dim}")
+    shape("blocks.0.modulation")  # there, or `params` has no layers to count
     dit = DiT(
         channels=channels,
         height=height,

@@ -136,7 +136,7 @@ def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Arra
 
 
 def rematerialised(block: type[nn.Module], policy: str) -> type[nn.Module]:
-    """A block that keeps less than all it computed for its backward pass, and computes it anew.
+    """A block that keeps for its backward pass what `policy` names, and computes the rest anew.
 
     Args:
       block: the module.
@@ -432,7 +432,8 @@ class DiT(nn.Module):
             length=self.layers,
             # Without the loop XLA would see that what is rematerialised is there, and keep it.
             unroll=self.unroll if self.remat == "none" else 1,
-            # It traces a layer once more; left out of `init` too, the parameters would be others.
+            # The check traces a layer once more. In `init` it stays: without it the random
+            # parameters would be others.
             check_constancy_invariants=self.is_initializing(),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )

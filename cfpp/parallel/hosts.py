@@ -330,8 +330,8 @@ def meet(where: str) -> None:
 def terminated() -> bool:
     """Whether SIGTERM came to any process; the same in all, which ask after every step.
 
-    JAX tells it at one number that all will come to, the next after the last that any of them has
-    asked with, or 1. So no number is left out, where a run goes on or another stage begins.
+    JAX answers at a number that every process is certain to reach. So they are asked one after
+    another without gaps, where a run goes on or another stage begins too.
     """
     return multihost_utils.reached_preemption_sync_point(next(_questions))
 

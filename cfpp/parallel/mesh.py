@@ -237,7 +237,7 @@ def _spec(names, table, shape, sizes) -> PartitionSpec:
                 ways *= sizes[axis]
         return tuple(fitting) or None
 
-    return PartitionSpec(*(fit(name, size) for name, size in zip(names, shape, strict=False)))
+    return PartitionSpec(*(fit(name, size) for name, size in zip(names, shape, strict=True)))
 
 
 def rows(sharding: Sharding, size: int) -> list[int]:

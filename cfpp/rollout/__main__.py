@@ -354,7 +354,7 @@ def stream(options: argparse.Namespace) -> None:
     print(f"{out}: {done} frames by the {model.config.stage} model{ended}")
     print(f"first frame after: {1000 * latency:.1f} ms, the cache filled and all compiled")
     if timed:
-        print(f"then: {timed / seconds:.0f} frames/s, the writing of the file not counted")
+        print(f"then: {timed / seconds:.1f} frames/s, the writing of the file not counted")
     print(f"network passes a frame: {rollout.passes / chunk:g}")
 
 

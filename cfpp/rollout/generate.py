@@ -7,7 +7,7 @@ which gives the keys and values that later chunks attend to. That *context pass*
   - separate: S + 1 passes a chunk, the last of which may run when the chunk has been handed out
     and nothing is asked for yet (latency), or
   - fused with the next chunk's first step, one pass over `[clean i | noisy i + 1]`: S passes a
-    chunk (throughput). The result is the same, but for the rounding of a cache in 8 bits.
+    chunk (throughput). The result is the same up to rounding, that of a cache in 8 bits included.
 
 All noise is a function of (seed, frame number, step), so a clip rolled out in one scan, frame by
 frame or as a stream is one and the same.
@@ -128,7 +128,7 @@ class Rollout(flax.struct.PyTreeNode):
                 f"{given} given frames end within a chunk, of frames up to "
                 f"{pattern.chunk_end(given - 1)}; Rollout.after({given}) begins a chunk there"
             )
-        first = None if given or pattern.first_chunk == chunk else pattern.first_chunk
+        first = None if given else pattern.first_chunk
         self._check_slots(slots, max(given, pattern.sink) + (first or chunk))
         text = self.encode_text(params, condition, null)
         cache = dit.cache(batch * (1 if self.guidance is None else 2), slots, pattern.sink)
@@ -162,9 +162,11 @@ class Rollout(flax.struct.PyTreeNode):
     def next_chunk(self, params: Params, stream: Stream, *inputs) -> tuple[Stream, Chunk]:
         """`generate`, of the same arguments, and the context pass unless that will be fused."""
         stream, chunk = self.generate(params, stream, *inputs)
-        return (stream if self.keeps(stream) else self.context_pass(params, stream)), chunk
+        if not self.defers_context_pass(stream):
+            stream = self.context_pass(params, stream)
+        return stream, chunk
 
-    def keeps(self, stream: Stream) -> bool:
+    def defers_context_pass(self, stream: Stream) -> bool:
         """Whether what is pending will be written by the next chunk's first step."""
         return self.fused and stream.pending.shape[1] == self.network.pattern.chunk
 
@@ -269,14 +271,21 @@ class Rollout(flax.struct.PyTreeNode):
           The stream, and a `Chunk` whose x0 and x are `[B, N, H, W, C]` and whose sigma is `[N]`.
 
         Raises:
-          ValueError: the cache is too short for so many frames.
+          ValueError: the cache is too short for so many frames or, without a window, of a stream
+            that comes from another program nobody knows whether it is.
         """
         params = self.network.for_inference(params)
         if stream.first is not None:
             return self._unroll_first(params, stream, condition, noise, sigmas, last)
         actions = condition.get("actions")
         size = self.network.pattern.chunk
-        before = stream.frame if isinstance(stream.frame, np.integer) else 0  # or not known
+        is_known = isinstance(stream.frame, np.integer)
+        if self.network.pattern.window is None and not is_known:
+            raise ValueError(
+                "without a window, a clip is unrolled in the program that starts its stream, so "
+                "that its length is known; give the pattern a window"
+            )
+        before = stream.frame if is_known else 0
         self._check_slots(stream.cache.slots, before + len(last) * size)
         if actions is not None:
             actions = einops.rearrange(actions, "b (n c) -> n b c", c=size)

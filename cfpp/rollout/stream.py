@@ -38,8 +38,8 @@ class Player:
 
     Raises:
       ValueError: the pattern has no window; the frames are of another shape; an action of theirs is
-        missing or unknown; a text is missing, of another shape, or nothing that the model takes; or
-        `rng` is not one key.
+        missing or unknown; a text is missing, of another shape, or nothing that the model takes;
+        `null` is something else, or the rollout not guided; or `rng` is not one key.
     """
 
     def __init__(
@@ -52,6 +52,11 @@ class Player:
         null: Condition | None = None,
     ):
         _check_start(rollout.network.dit, context, condition, rng)
+        if null is not None and (rollout.guidance is None or set(null) != {"text"}):
+            raise ValueError(
+                f'null is {{"text": ...}} for a rollout with guidance, got {sorted(null)} and '
+                f"guidance {rollout.guidance}"
+            )
         self._rollout = rollout.after(context.shape[1])
         self._params = params = jax.tree.map(jnp.asarray, params)  # where they are NumPy's
         self._rng, self._null = rng, null
@@ -60,8 +65,7 @@ class Player:
             given = self._actions(condition.get("actions"), context.shape[:2])
             condition = condition | {"actions": given}
         if self._rollout.network.dit.text_dim:
-            for text in (condition.get("text"), *(null or {}).values()):
-                self._check_text(text, context.shape[0])
+            self._check_texts(condition.get("text"), null, context.shape[0])
         with self._ambient():
             started = _start(self._rollout, params, jnp.asarray(context), condition, null)
         self._stream = self._placed(started)
@@ -87,7 +91,7 @@ class Player:
         actions = self._actions(actions, (self._stream.pending.shape[0], self.chunk))
         video = self._update(_generate, actions, self._rng, self._schedule, self._dtype)
         self._schedule = 1
-        if not self._rollout.keeps(self._stream):
+        if not self._rollout.defers_context_pass(self._stream):
             # A program of its own: it runs while the caller has the frames already.
             self._update(_context_pass)
         return np.asarray(video)
@@ -102,9 +106,10 @@ class Player:
           text: embeddings `[B, length, text_dim]`. As many as before, or all is compiled anew.
 
         Raises:
-          ValueError: it is of another shape, or the model has no text.
+          ValueError: it is of another shape, or another length than `null`'s; or the model has no
+            text.
         """
-        self._check_text(text, self._stream.pending.shape[0])
+        self._check_texts(text, self._null, self._stream.pending.shape[0])
         condition = {"text": jnp.asarray(text)}
         with self._ambient():
             told = _encode_text(self._rollout, self._params, condition, self._null)
@@ -145,14 +150,21 @@ class Player:
         network = self._rollout.network.attending(first_chunk=state["first_chunk"])
         self._rollout = self._rollout.replace(network=network)
 
-    def _check_text(self, text: jax.Array | None, batch: int) -> None:
-        """Raises ValueError if a text is missing or not one that the model takes."""
-        text_dim, shape = self._rollout.network.dit.text_dim, list(np.shape(text))
+    def _check_texts(self, text: jax.Array | None, null: Condition | None, batch: int) -> None:
+        """Raises ValueError if a text is missing or not one that the model takes, or `null`'s."""
+        text_dim = self._rollout.network.dit.text_dim
         if not text_dim:
             raise ValueError("the model takes no text")
-        if len(shape) != 3 or shape[::2] != [batch, text_dim] or not shape[1]:
-            found = "missing" if text is None else shape
-            raise ValueError(f"a text is {found}, not [{batch}, length, {text_dim}]")
+        for each in (text, *(null or {}).values()):
+            shape = list(np.shape(each))
+            if len(shape) != 3 or shape[::2] != [batch, text_dim] or not shape[1]:
+                found = "missing" if each is None else shape
+                raise ValueError(f"a text is {found}, not [{batch}, length, {text_dim}]")
+        if null and np.shape(text) != np.shape(null["text"]):
+            raise ValueError(
+                f"a text is {list(np.shape(text))}, but null's {list(np.shape(null['text']))}: one "
+                "length for both"
+            )
 
     def _actions(self, actions: np.ndarray | None, shape: tuple[int, int]) -> jax.Array:
         """Checked actions: an unknown one would make NaN, and a missing one would count for all."""

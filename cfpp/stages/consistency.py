@@ -35,23 +35,23 @@ from cfpp.stages.stage import (
     unpack,
 )
 
-DISTANCES = ("mse", "pseudo_huber")
+
+def mse(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The mean squared error of each frame, `[batch, frames]`."""
+    return jnp.mean(jnp.square(a - b), axis=(2, 3, 4))
 
 
-def distance(name: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The distance d of equation (3) for each frame, `[batch, frames]`: 'mse' or 'pseudo_huber'.
+def pseudo_huber(a: jax.Array, b: jax.Array) -> jax.Array:
+    """sqrt(|a - b|^2 + c^2) - c of each frame, `[batch, frames]`.
 
-    Pseudo-Huber is sqrt(|a - b|^2 + c^2) - c with c = 0.00054 sqrt(n), n values in a frame (Song
-    and Dhariwal 2023, section 3.3).
+    c is 0.00054 sqrt(n), of n values in a frame (Song and Dhariwal 2023, section 3.3).
     """
-    squares = jnp.square(a - b)
-    if name == "mse":
-        return jnp.mean(squares, axis=(2, 3, 4))
-    if name == "pseudo_huber":
-        size = np.prod(a.shape[2:])
-        c = 0.00054 * np.sqrt(size)
-        return jnp.sqrt(jnp.sum(squares, axis=(2, 3, 4)) + c**2) - c
-    raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {name!r}")
+    c = 0.00054 * np.sqrt(np.prod(a.shape[2:]))
+    return jnp.sqrt(jnp.sum(jnp.square(a - b), axis=(2, 3, 4)) + c**2) - c
+
+
+DISTANCES = {"mse": mse, "pseudo_huber": pseudo_huber}
+"""The distance d of equation (3) by name."""
 
 
 def target(
@@ -90,7 +90,7 @@ def loss(
     index: jax.Array,
     grid: jax.Array,
     solver: str = "euler",
-    distance_name: str = "mse",
+    distance: str = "mse",
 ) -> jax.Array:
     """Equation (3), one value a frame.
 
@@ -100,7 +100,7 @@ def loss(
       index: k of each frame, int `[batch, frames]` in 0 .. N - 1.
       grid: sigma_0 .. sigma_N, float32 `[N + 1]`.
       solver: 'euler' or 'heun'.
-      distance_name: 'mse' or 'pseudo_huber'.
+      distance: 'mse' or 'pseudo_huber'.
 
     Returns:
       float32 `[batch, frames]`.
@@ -108,7 +108,7 @@ def loss(
     sigma, sigma_next = grid[index], grid[index + 1]
     x = flow.interpolate(x0, noise, sigma)
     f_target = target(ema, teacher, x, sigma, sigma_next, solver)
-    return distance(distance_name, flow.to_x0(x, student(x, sigma), sigma), f_target)
+    return DISTANCES[distance](flow.to_x0(x, student(x, sigma), sigma), f_target)
 
 
 def build(config) -> Stage:
@@ -118,7 +118,7 @@ def build(config) -> Stage:
       ValueError: a field is none of its choices, or out of range.
     """
     check_choice("solver", config.solver, flow.SOLVERS)
-    check_choice("distance", config.distance, DISTANCES)
+    check_choice("distance", config.distance, tuple(DISTANCES))
     check_choice("frozen_dtype", config.frozen_dtype, FLOATS)
     network = causal_network(config)
     transform = optimizer(config.optimizer, config.steps)

@@ -26,6 +26,7 @@ import numpy as np
 
 from cfpp import flow
 from cfpp.attention.cache import Cache
+from cfpp.attention.pattern import Pattern
 from cfpp.models.dit import HISTORY_GRADIENTS
 from cfpp.models.network import Condition, Network, Params, cast_products, of_frames
 from cfpp.rollout.generate import Noise, Rollout, chunk_ends, gaussian_noise
@@ -161,8 +162,6 @@ def build(config) -> Stage:
     low, high = config.score_sigma
     if not low:
         raise ValueError("config.score_sigma starts at 0, where nothing is noised; start above it")
-    if config.critic_steps < 1:
-        raise ValueError(f"config.critic_steps is {config.critic_steps}; it must be at least 1")
     if not 0 <= given < frames:
         raise ValueError(f"config.given is {given}; it must be at least 0 and less than {frames}")
     # Its chunks begin after the given frames in scores and rollouts alike. What is replayed is what
@@ -198,6 +197,8 @@ def build(config) -> Stage:
         config.critic_optimizer, config.steps * config.critic_steps, "critic_optimizer"
     )
     generated = jnp.arange(frames) >= given
+    is_bidirectional = config.real_score == "bidirectional"
+    score_pattern = Pattern(chunk=None) if is_bidirectional else network.pattern
 
     def init(rng, parents):
         template = network.init(rng)
@@ -213,19 +214,14 @@ def build(config) -> Stage:
         )
 
     def score(network, params, x, condition, guidance=1.0):
-        if config.real_score == "bidirectional":
+        if is_bidirectional:
             return network.bidirectional(params, condition, guidance)
         return network.teacher_forced(params, x, condition, guidance)
 
     def draw(rng, x0):
         """Exits; and for each clip a key of its rollout's noise, the scores' noise and sigma."""
         exit_rng, rollout_rng, noise_rng, sigma_rng = jax.random.split(rng, 4)
-        if config.real_score == "bidirectional":
-            u = jax.random.uniform(sigma_rng, (len(x0), 1))
-            sigma = jnp.broadcast_to(flow.shift(u, config.score_shift), x0.shape[:2])
-        else:
-            shape = (len(x0), 1, frames)
-            sigma = draw_sigma(sigma_rng, network.pattern, shape, config.score_shift)
+        sigma = draw_sigma(sigma_rng, score_pattern, (len(x0), 1, frames), config.score_shift)
         sigma = jnp.where(generated, jnp.clip(sigma, low, high), 0.0)
         clip_rngs = jax.random.split(rollout_rng, len(x0))
         last = draw_exits(exit_rng, sampler, chunks)

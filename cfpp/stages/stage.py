@@ -42,11 +42,10 @@ class Parent(NamedTuple):
     """What a stage asks of a model that `config.init_from` names.
 
     Attributes:
-      stages: those that it comes from in the recipe. From another it may come too, to see what
-        comes of it, unless the parent is `strict`.
+      stages: those that the recipe takes it from; one of another is told, or refused if `strict`.
       model: its `config.model`.
       required: whether it must be given.
-      strict: see `stages`.
+      strict: whether a model of another stage is refused.
       guided: whether `config.guidance` is for it. If it is for no parent, it is for the stage's own
         model.
     """

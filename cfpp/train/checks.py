@@ -35,6 +35,7 @@ RANGES = {
     "steps": (1, MOST),
     "batch_size": (1, MOST),
     "accumulate": (1, MOST),
+    "critic_steps": (1, MOST),
     "seed": (0, 2**32 - 1),
     "log_every": (1, MOST),
     "save_every": (1, MOST),
@@ -313,8 +314,8 @@ def check_parents(
 
     Raises:
       UserError: a parent of another architecture or stage, or guidance that it, or the stage's own
-        model, was not trained for. Of an unusual stage, another attention pattern, or more given
-        frames, it is told: that may be an ablation.
+        model, was not trained for. (An unusual stage, another attention pattern or more given
+        frames are a warning: that may be an ablation.)
     """
     if config.get("guidance", 1.0) != 1.0 and is_untaught(config, find):
         raise UserError(
@@ -365,5 +366,5 @@ def check_parents(
             if theirs != own:
                 logging.warning("%s has learned clips of %d frames, not of %d", where, theirs, own)
         theirs, own = parent.pattern.to_dict(), config.pattern.to_dict()
-        if is_causal and theirs != own:
+        if is_causal and Pattern(**theirs) != Pattern(**own):
             logging.warning("%s was trained with config.pattern %s, not %s", where, theirs, own)

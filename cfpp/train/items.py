@@ -43,7 +43,7 @@ for _logger in ("absl", "asyncio"):
     getLogger(_logger).addFilter(_is_news)
 
 
-# In what JAX and TensorStore say where a checkpoint may be whole, and another time can be read.
+# Words in errors of JAX and TensorStore that mean "not to be read now", not "damaged".
 PASSING = (
     "RESOURCE_EXHAUSTED",
     "UNAVAILABLE",

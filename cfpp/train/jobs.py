@@ -32,6 +32,8 @@ def run(config: Config, workdir: str, profile: bool = False) -> bool:
     Raises:
       UserError: whatever the user can mend.
     """
+    if profile:
+        loop.check_profiler()
     workdir = os.fspath(paths.absolute(workdir))
     jobs = _jobs(config)
     folders = {name: os.path.join(workdir, name) if name else workdir for name in jobs}
@@ -76,7 +78,8 @@ def _train(jobs: dict[str, Config], folders: dict[str, str], done: set[str], pro
             if name in done:
                 with workdirs.alone(folders[name]):
                     workdirs.claim(job, folders[name])
-                print(f"{job.stage}: finished, all {job.steps} steps are in {folders[name]}")
+                if hosts.is_first():
+                    print(f"{job.stage}: finished, all {job.steps} steps are in {folders[name]}")
             elif not loop.train(job, folders[name], profile):
                 return False
     return True

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import importlib.util
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -177,15 +178,19 @@ def announce(
     progress.say(f"{progress.name}: {networks}, on {where}{going_on}")
 
 
+def check_profiler() -> None:
+    """Raises UserError if what `--profile` needs is not installed."""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(f"--profile needs TensorBoard; {how_to_install('tensorboard')}")
+
+
 def profiler_of_steps(workdir: epath.Path, start: int, steps: int) -> Callable[[int], Any]:
     """Records steps 10 to 15 of this start for TensorBoard's profiler, if there are as many."""
-    try:
-        from clu import periodic_actions  # imports TensorFlow, so only here
-    except ImportError as error:
-        raise UserError(f"--profile needs TensorBoard; {how_to_install('tensorboard')}") from error
     if steps - start < 16:  # a profile ends in the step after its last
         logging.warning("--profile records steps 10 to 15, but only %s are left", steps - start)
         return lambda step: None
+    from clu import periodic_actions  # imports TensorFlow, so only here
+
     return periodic_actions.Profile(
         logdir=workdir / "tensorboard",
         first_profile=start + 10,

@@ -73,12 +73,16 @@ def tracing(config: ml_collections.ConfigDict, given: Iterable[str]) -> Iterator
 
 def parent_shapes(stage: stages.Stage, config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The shapes of the parents' parameters that a stage would load, by role."""
+    given = [role for role, path in config.init_from.items() if path]
+    return nn.meta.unbox(boxed_parents(stage, config, given))
 
-    def of_role(role):
-        model = stage.parents[role].model
-        return nn.meta.unbox(Network.create(model, config.pattern).shapes())
 
-    return {role: of_role(role) for role, path in config.init_from.items() if path}
+def boxed_parents(
+    stage: stages.Stage, config: ml_collections.ConfigDict, roles: Iterable[str]
+) -> dict[str, Any]:
+    """The shapes of the parents' parameters, in boxes with their logical names."""
+    network = lambda role: Network.create(stage.parents[role].model, config.pattern)
+    return {role: network(role).shapes() for role in roles}
 
 
 def batch_sharding(
@@ -130,7 +134,7 @@ def create(
     return Program(
         state,
         batches,
-        {role: _as_in_state(parent, state) for role, parent in parents.items()},
+        mesh.state_shardings(boxed_parents(stage, config, parents), device_mesh),
         jax.jit(lambda parents: nn.meta.unbox(init(parents)), out_shardings=shardings),
         jax.jit(
             step,
@@ -139,14 +143,3 @@ def create(
             compiler_options=COMPILER_OPTIONS.get(device_mesh.devices.flat[0].device_kind),
         ),
     )
-
-
-def _as_in_state(parent: Any, state: stages.State) -> Any:
-    """The shardings of a parent's parameters: those of the network that it becomes in the state.
-
-    Networks of the same shapes are laid out alike, so any of them will do.
-    """
-    sizes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
-    networks = (*state.params.values(), *state.frozen.values())
-    network = next(tree for tree in networks if sizes(tree) == sizes(parent))
-    return jax.tree.map(lambda x: x.sharding, network)

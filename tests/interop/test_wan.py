@@ -65,9 +65,10 @@ def test_sizes_are_those_of_the_weights():
     assert diffusers.network(renamed, Pattern(), 8, 12, 24)[0] == net
     with pytest.raises(ValueError, match="a width of 96 does not split into heads of 128"):
         wan.network(weights(), Pattern(), 8, 12)
-    lacking = {name: x for name, x in weights().items() if name != "time_embedding.0.weight"}
-    with pytest.raises(ValueError, match="the weights lack time_embedding"):
-        wan.network(lacking, Pattern(), 8, 12, 24)
+    for missing in ("time_embedding.0.weight", "modulation"):
+        lacking = {name: x for name, x in weights().items() if not name.endswith(missing)}
+        with pytest.raises(ValueError, match=f"the weights lack .*{missing}"):
+            wan.network(lacking, Pattern(), 8, 12, 24)
     short = weights() | {"head.head.bias": np.zeros(3, np.float32)}
     with pytest.raises(UserError, match=r"head/bias is float32\[3\] there and float32\[64\] in"):
         wan.network(short, Pattern(), 8, 12, 24)

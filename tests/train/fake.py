@@ -44,9 +44,9 @@ def init_model(rng, dim):
     return {"kernel": jax.random.normal(rng, (dim, dim)), "bias": jnp.zeros(dim)}
 
 
-def parent_shapes(stage, config):
+def boxed_parents(stage, config, roles):
     model = jax.eval_shape(lambda: init_model(jax.random.key(0), config.model.dim))
-    return {role: model for role, path in config.init_from.items() if path}
+    return {role: model for role in roles}
 
 
 def build(config: ml_collections.ConfigDict) -> Stage:
@@ -120,7 +120,7 @@ def patches(dim: int = 8):
     DIM[0] = dim
     return (
         mock.patch("cfpp.stages.build", build),
-        mock.patch("cfpp.train.program.parent_shapes", parent_shapes),
+        mock.patch("cfpp.train.program.boxed_parents", boxed_parents),
         mock.patch("cfpp.data.sources.prepare", lambda data_config: None),
         mock.patch("cfpp.data.pipeline.train_batches", train_batches),
         mock.patch("cfpp.data.pipeline.batch_shapes", batch_shapes),

@@ -33,7 +33,7 @@ def final_state(workdir, config=None):
     """The last checkpoint's whole state and position in the data, as NumPy arrays."""
     config = config or fake.config()
     stage = fake.build(config)
-    parents = fake.parent_shapes(stage, config)
+    parents = program.parent_shapes(stage, config)
     template = jax.eval_shape(stage.init, jax.random.key(0), parents)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(lambda x: x.update(sharding=device), template)
@@ -451,6 +451,15 @@ def test_a_finished_run_needs_its_data_no_more(tmp_path):
             jobs.run(fake.config(steps=13), tmp_path)
 
 
+def test_a_profile_without_tensorboard_is_refused_before_anything_runs(tmp_path):
+    with (
+        mock.patch("importlib.util.find_spec", return_value=None),
+        pytest.raises(UserError, match="--profile needs TensorBoard; pip install"),
+    ):
+        jobs.run(fake.config(), tmp_path / "run", profile=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_profile_of_too_few_steps_is_none(tmp_path, caplog):
     jobs.run(fake.config(), tmp_path, profile=True)
     assert "--profile records steps 10 to 15, but only 12 are left" in caplog.text
@@ -460,6 +469,7 @@ def test_a_profile_of_too_few_steps_is_none(tmp_path, caplog):
 def test_a_parent_of_another_pattern_is_told(finished, tmp_path, caplog):
     changes = {"init_from": {"teacher": str(finished)}, "steps": 1}
     jobs.run(fake.config(**changes), tmp_path / "same")
+    jobs.run(fake.config(**changes, pattern={"first_chunk": 1}), tmp_path / "also")
     assert "config.pattern" not in caplog.text
     jobs.run(fake.config(**changes, pattern={"chunk": 3}), tmp_path / "other")
     assert re.search("trained with config.pattern {'chunk': 1, .*, not {'chunk': 3, ", caplog.text)
