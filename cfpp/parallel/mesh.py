@@ -43,6 +43,7 @@ STORED = {
     "actions": (),
     "text": (),
     "layers": (),
+    "layers_to_work_on": ("data",),  # of an optimizer that has much to do for each
 }
 
 USED = {
@@ -203,6 +204,15 @@ def used(shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Lays an activation out as `USED` says for the logical names of its axes."""
     return jax.lax.with_sharding_constraint(x, used(x.shape, *names)) if ambient() else x
+
+
+def store_first(x: jax.Array, name: str) -> jax.Array:
+    """Lays the first axis of an array out as `STORED` says for its name; the others stay."""
+    if found := ambient():
+        (first,) = _spec((name,), STORED, x.shape[:1], found.shape)
+        others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec(first, *others))
+    return x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -14,6 +14,7 @@ from cfpp import flow
 from cfpp.attention.pattern import Pattern
 from cfpp.models import codec, shapes
 from cfpp.models.network import Condition, Network, Params, condition_of
+from cfpp.parallel import mesh
 
 Metrics = dict[str, jax.Array]
 
@@ -171,7 +172,7 @@ def optimizer(
             mu_dtype=config.mu_dtype,
         )
     else:
-        update = optax.contrib.muon(
+        muon = optax.contrib.muon(
             schedule(config.learning_rate),
             adam_learning_rate=schedule(adam_peak),
             adam_b1=config.b1,
@@ -180,6 +181,7 @@ def optimizer(
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=_matrices,
         )
+        update = _divided(muon)
     return optax.chain(optax.clip_by_global_norm(config.clip), update)
 
 
@@ -187,12 +189,41 @@ def _matrices(params: Params) -> Any:
     """Muon's dimension numbers: all kernels, `[in, out]` or, in the blocks, `[layers, in, out]`."""
 
     def number(path, leaf):
-        names = [getattr(key, "key", None) for key in path]
-        if "kernel" not in names:
+        if not _is_kernel(path):
             return None
         return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
 
     return jax.tree_util.tree_map_with_path(number, params)
+
+
+def _is_kernel(path: tuple) -> bool:
+    return "kernel" in [getattr(key, "key", None) for key in path]
+
+
+def _divided(muon: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Muon, with the blocks divided over the data axis, which would do the same many times.
+
+    There each device keeps the moments of some blocks and orthogonalises their matrices; then the
+    updates are gathered, as parameters are repeated there.
+    """
+    name = "layers_to_work_on"
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+
+    def init(params):
+        def rename(path, box):
+            is_stack = is_box(box) and _is_kernel(path) and box.names[0] == "layers"
+            return box.replace(names=(name, *box.names[1:])) if is_stack else box
+
+        return jax.tree_util.tree_map_with_path(rename, muon.init(params), is_leaf=is_box)
+
+    def update(updates, state, params=None):
+        def divide(path, leaf):
+            return mesh.store_first(leaf, name) if _is_kernel(path) and leaf.ndim == 3 else leaf
+
+        updates = jax.tree_util.tree_map_with_path(divide, updates)
+        return muon.update(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
 
 
 def accumulated(

@@ -107,6 +107,50 @@ def test_every_mesh_computes_the_same(stage):
     check(stage, SLOW[stage])
 
 
+MUON = """
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_disable_most_optimizations", True)
+import numpy as np
+from cfpp import stages
+from cfpp.parallel import mesh
+from cfpp.train import program
+from configs import common
+from tests.test_stages import batch, tiny_config
+
+def run(data, fsdp):
+    config = tiny_config("bidirectional")
+    config.batch_size = 4
+    config.optimizer = common.muon()
+    config.model.update({"layers": 4, "unroll": 1})
+    config.mesh.update({"data": data, "fsdp": fsdp})
+    devices = mesh.create(config.mesh, jax.devices()[: data * fsdp])
+    programs = program.create(stages.build(config), config, {}, devices)
+    state, given = programs.init({}), jax.device_put(batch(config, 4), programs.batch)
+    losses = []
+    for i in range(3):
+        state, metrics = programs.step(state, given)
+        losses.append(float(metrics["loss"]))
+    (moment,) = [
+        x for path, x in jax.tree_util.tree_leaves_with_path(state.optimizer)
+        if "['mlp_in']['kernel']" in jax.tree_util.keystr(path)
+    ]
+    return losses, moment.addressable_shards[0].data.shape
+
+alone, (layers, rows, columns) = run(1, 1)
+for data, fsdp in ((4, 1), (2, 2)):
+    losses, shape = run(data, fsdp)
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+    assert shape == (layers // data, rows // fsdp, columns), shape
+print("equal")
+"""
+
+
+def test_muon_divides_blocks_where_parameters_are_repeated():
+    """Moments and the products on them; the parameters come out the same."""
+    run(MUON)
+
+
 PARENTS = """
 import sys
 from types import SimpleNamespace
