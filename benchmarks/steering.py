@@ -43,7 +43,7 @@ def main() -> None:
 
     def video(action: int) -> np.ndarray:
         actions = np.pad(given, ((0, 0), (0, options.frames)), constant_values=action)
-        later = rollout.clip(params, first, {"actions": actions}, key)
+        later = rollout.clip(params, first, {"actions": actions}, key, options.frames)
         return np.concatenate([first, later], 1)[0]
 
     held = parse_actions(options.actions, network.dit.num_actions)

@@ -280,7 +280,7 @@ def test_stream_is_the_clip(pattern, given):
     rng, end = np.random.default_rng(0), given + 12
     context = rng.integers(0, 256, (2, given, 8, 12, 3), dtype=np.uint8)
     actions = tiny.actions(end)
-    clip = rollout.clip(params, context, {"actions": actions}, key)
+    clip = rollout.clip(params, context, {"actions": actions}, key, 12)
     player = Player(rollout, params, context, {"actions": actions[:, :given]}, key)
     frames, i = [], given
     while i < end:
@@ -324,6 +324,15 @@ def test_frames_do_not_wait_for_their_context_pass():
         assert sorted(frame[frame >= 0]) == list(range(sum(chunks[:n])))[-3:]
 
 
+def test_a_model_without_actions_needs_none():
+    net = tiny.network(Pattern(chunk=2, window=4), channels=2, num_actions=0)
+    params, given, key = tiny.params(net), np.asarray(tiny.latents(net, 1)), jax.random.key(0)
+    rollout = generate.Rollout(net, consistency(2, 1.0))
+    clip = rollout.clip(params, given, {}, key, 3)  # two chunks, of which a frame is left out
+    assert clip.shape == (2, 3, *given.shape[2:])
+    tiny.close(clip, rollout.clip(params, given, {"actions": tiny.actions(4)}, key, 3))
+
+
 def test_latents_leave_as_they_are():
     """A stream that starts from latents gives latents, none of them clipped to pixels."""
     net = tiny.network(Pattern(window=4), channels=2)
@@ -338,7 +347,7 @@ def test_latents_leave_as_they_are():
     _, out = rollout.unroll(params, stream, {"actions": actions[:, 1:]}, noise, sigmas, last)
     assert streamed.dtype == np.float32 and np.abs(streamed).max() > 1
     tiny.close(streamed, out.x0)
-    tiny.close(rollout.clip(params, given, {"actions": actions}, key), out.x0)
+    tiny.close(rollout.clip(params, given, {"actions": actions}, key, 3), out.x0)
 
 
 def test_actions_that_a_stream_cannot_take():

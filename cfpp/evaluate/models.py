@@ -212,7 +212,9 @@ def _blockwise(
     for first in range(context.shape[1] - 1, total - 1, frames - 1):
         condition = {"actions": actions[:, first : first + frames]}
         key = jax.random.fold_in(rng, first)
-        block = generate.bidirectional_clip(network, params, last, condition, key, sampler)
+        block = generate.bidirectional_clip(
+            network, params, last, condition, key, frames - 1, sampler
+        )
         block = np.asarray(block)
         yield block
         last = block[:, -1:]

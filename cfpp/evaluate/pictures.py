@@ -110,7 +110,7 @@ def plot_by_frame(report: Report, path: epath.Path) -> None:
             values = row.by_frame[key]
             mean = unit * np.array([value.mean for value in values])
             error = unit * np.array([value.error for value in values])
-            color, dashes = _COLORS[row.family], _DASHES.get(steps, ())
+            color, dashes = _COLORS[row.family], _DASHES[steps]
             width, order = (2.6, 2) if steps == "48" else (1.8, 3)
             axis.plot(
                 frames, mean, color=color, dashes=dashes, lw=width, zorder=order, label=row.name

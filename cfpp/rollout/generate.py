@@ -310,13 +310,14 @@ class Rollout(flax.struct.PyTreeNode):
         sigma = jnp.concatenate([jnp.broadcast_to(one.sigma, first), out.sigma])
         return stream, Chunk(join(one.x0, out.x0), join(one.x, out.x), sigma)
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnames="frames")
     def clip(
         self,
         params: Params,
         context: jax.Array,
         condition: Condition,
         rng: jax.Array,
+        frames: int,
     ) -> jax.Array:
         """Continues given frames.
 
@@ -324,19 +325,20 @@ class Rollout(flax.struct.PyTreeNode):
           context: the frames to start from, uint8 `[B, K, H, W, 3]` or float latents `[B, K, H, W,
             C]`; K may be 0.
           condition: `actions` int32 `[B, K + N]`, the given frames' own ones first; and/or text.
-            (A model without actions takes the number of frames from `actions` all the same.)
           rng: a key.
+          frames: N, how many to generate.
 
         Returns:
           `[B, N, H, W, C]`, bytes or latents as `context` is.
         """
         given = context.shape[1]
-        total = condition["actions"].shape[1]
+        total = given + frames
         rollout = self.after(given)
         ends = chunk_ends(rollout.network.pattern, given, total)
         end = int(ends.max(initial=total))
-        actions = jnp.pad(condition["actions"], ((0, 0), (0, end - total)), "edge")
-        condition = condition | {"actions": actions}
+        if "actions" in condition:
+            actions = jnp.pad(condition["actions"], ((0, 0), (0, end - total)), "edge")
+            condition = condition | {"actions": actions}
         first, later = (of_frames(condition, part) for part in np.s_[:given, given:])
 
         slots = self.network.pattern.window or end
@@ -344,7 +346,7 @@ class Rollout(flax.struct.PyTreeNode):
         noise = gaussian_noise(rng, stream.pending[:, 0].shape)
         sigmas, last = self.sampler.of_chunks(len(ends))
         _, out = rollout.unroll(params, stream, later, noise, sigmas, last)
-        return codec.decode(out.x0[:, : total - given], context.dtype)
+        return codec.decode(out.x0[:, :frames], context.dtype)
 
     def after(self, given: int) -> "Rollout":
         """The same rollout from the end of the given frames on; see `Network.after`."""
@@ -459,13 +461,14 @@ def gaussian_noise(rng: jax.Array, shape: tuple[int, ...]) -> Noise:
     return noise
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnames=("network", "frames"))
 def bidirectional_clip(
     network: Network,
     params: Params,
     context: jax.Array,
     condition: Condition,
     rng: jax.Array,
+    frames: int,
     sampler: Sampler,
 ) -> jax.Array:
     """Samples all frames of a clip together from a bidirectional model, given the first ones.
@@ -473,7 +476,7 @@ def bidirectional_clip(
     The given frames are held clean, at sigma 0, as in stage 0's training. Shapes as `Rollout.clip`.
     """
     batch, given = context.shape[:2]
-    total = condition["actions"].shape[1]
+    total = given + frames
     velocity = network.without_unrolling().bidirectional(params, condition)
     held = jnp.arange(total) < given
     clean = jnp.pad(codec.encode(context), ((0, 0), (0, total - given)) + ((0, 0),) * 3)

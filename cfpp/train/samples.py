@@ -53,13 +53,13 @@ def draw(
     """
     clips = pipeline.test_clips(config.data, CLIPS, config.data.frames)
     context, condition = clips["video"][:, :1], condition_of(clips)
-    rng = jax.random.key(config.seed)
+    asked = context, condition, jax.random.key(config.seed), config.data.frames - 1
     network = Network.create(config.model, config.pattern)
     if network.pattern.chunk is None:
         sampler = euler(BASE_STEPS, config.shift)
-        video = generate.bidirectional_clip(network, state.ema, context, condition, rng, sampler)
+        video = generate.bidirectional_clip(network, state.ema, *asked, sampler)
     else:
-        video = generate.for_stage(network, config).clip(state.ema, context, condition, rng)
+        video = generate.for_stage(network, config).clip(state.ema, *asked)
     video = multihost_utils.process_allgather(video, tiled=True)
     if not hosts.is_first():
         return

@@ -69,7 +69,7 @@ def test_a_clip_on_a_cpu():
     context = jax.ShapeDtypeStruct((2, 1, 8, 12, net.dit.channels), np.uint8)
     memory = (
         Rollout.clip.lower(
-            rollout, params, context, {"actions": tiny.actions(8)}, jax.random.key(0)
+            rollout, params, context, {"actions": tiny.actions(8)}, jax.random.key(0), 7
         )
         .compile()
         .memory_analysis()
