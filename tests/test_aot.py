@@ -227,7 +227,7 @@ def test_a_mesh_that_does_not_multiply_is_one_line():
     done = command(*MINIATURE, "--mesh=fsdp=3")
     assert done.returncode == 2, done.stderr
     assert done.stderr == (
-        "error: config.mesh is data=1, fsdp=3, context=1, tensor=1; it does not multiply to 4 "
+        "error: the mesh is data=1, fsdp=3, context=1, tensor=1; it does not multiply to 4 "
         "devices\n"
     )
 

@@ -480,7 +480,7 @@ def test_chunks_share_one_program(workdir, given):
     assert stream_module._generate._cache_size() <= before + 1
 
 
-def test_the_model_runs_as_asked(workdir, tmp_path):
+def test_the_model_runs_as_asked(workdir, tmp_path, caplog):
     flags = ["--window=5", "--sink=2", "--guidance=3", "--attention=reference", "--steps=2"]
     with pytest.raises(UserError, match=r"--guidance: .* was trained with config\.drop_rate=0"):
         stream(workdir, *flags)
@@ -496,6 +496,9 @@ def test_the_model_runs_as_asked(workdir, tmp_path):
     rollout = player.call_args.args[0]
     pattern, dit = rollout.network.pattern, rollout.network.dit
     assert (pattern.window, pattern.sink, rollout.guidance) == (5, 2, 3.0)
+    assert "--window is" not in caplog.text
+    command.as_asked(command.parse([f"--workdir={folder}", "--window=9"]), model.network())
+    assert "--window is 9; the model was trained with 6 and has never" in caplog.text
     assert (dit.attention, dit.cache_dtype) == ("reference", "int8")
     assert rollout.sampler.steps == 2
 
@@ -647,6 +650,25 @@ def test_latents_stream_from_a_text(told, given):
     expected = np.concatenate([player.play()[0] for _ in range(4)])
     np.testing.assert_array_equal(np.load(out), expected)
     assert np.load(out).dtype == np.float32
+
+
+def test_a_text_is_filled_up_to_the_length_of_training(told, tmp_path):
+    folder = tmp_path / "five"
+    shutil.copytree(told / "export", folder / "export")
+    fields = json.loads((folder / "export/config.json").read_text())
+    fields["data"]["text_tokens"] = 5
+    (folder / "export/config.json").write_text(json.dumps(fields))
+    text, videos = np.load(told / "text.npy"), []
+    for rows in (0, 2, 3):
+        np.save(tmp_path / "text.npy", np.pad(text, ((0, rows), (0, 0))))
+        arguments = f"--text={tmp_path / 'text.npy'}", f"--out={tmp_path / 'x.npy'}"
+        if rows == 3:
+            with pytest.raises(UserError, match="6 tokens; the model was trained with 5"):
+                stream_told(folder, *arguments)
+        else:
+            stream_told(folder, *arguments)
+            videos.append(np.load(tmp_path / "x.npy"))
+    np.testing.assert_array_equal(*videos)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def _check_kind(data_config: ml_collections.ConfigDict) -> None:
         if data_config[field]:
             raise UserError(
                 f"{data_config.name} gives {kind} (data.{field}), and the evaluation is of RGB "
-                "pixels steered by actions alone; train stage by stage, without it"
+                "pixels steered by actions alone; train the stages one by one, and see what "
+                "cfpp.rollout makes"
             )
 
 
@@ -109,12 +110,18 @@ def check_clips(config: ml_collections.ConfigDict, data_config: ml_collections.C
     settings = Settings(**config)
     if sources.recorded_clips(data_config, settings.length) is not None:
         return
+    _read_clips(data_config, settings)
+
+
+def _read_clips(data_config: ml_collections.ConfigDict, settings: Settings) -> dict:
     try:
-        pipeline.test_clips(data_config, settings.clips, settings.length)
+        return pipeline.test_clips(data_config, settings.clips, settings.length)
+    except sources.MissingError:
+        raise
     except UserError as error:
         raise UserError(
-            f"no evaluation of {settings.episodes} episodes (evaluate.episodes), which takes twice "
-            f"as many clips: {error}"
+            f"no evaluation of {settings.episodes} episodes (evaluate.episodes, --episodes), which "
+            f"takes twice as many clips: {error}"
         ) from error
 
 
@@ -161,7 +168,7 @@ def prepare(data_config: ml_collections.ConfigDict, settings: Settings) -> Yards
     """
     _check_kind(data_config)
     episodes = settings.episodes
-    clips = pipeline.test_clips(data_config, settings.clips, settings.length)
+    clips = _read_clips(data_config, settings)
     video, actions = clips["video"][:episodes], clips["actions"][:episodes]
     references = clips["video"][episodes:, settings.context - 1 :]
     states, starts = None, np.zeros(0, int)

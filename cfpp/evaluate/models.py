@@ -66,6 +66,7 @@ _ROWS = (
     ("ode_1", "Student after causal ODE", "ode", 1, 1),
     ("ode_2", "Student after causal ODE", "ode", 2, 2),
     ("ode_4", "Student after causal ODE", "ode", 4, 4),
+    ("ode_2_first_4", "Student after causal ODE", "ode", 2, 4),
     ("cd_1", "Student after CD", "consistency", 1, 1),
     ("cd_2", "Student after CD", "consistency", 2, 2),
     ("cd_4", "Student after CD", "consistency", 4, 4),

@@ -139,7 +139,8 @@ class Column(NamedTuple):
 
     def number(self, value: float) -> str:
         """A value in the column's unit."""
-        return f"{value * 100 if self.percent else value:.{self.digits}f}"
+        value = value * 100 if self.percent else value
+        return f"{value:.{self.digits}f}" if abs(value) < 1e5 else f"{value:.1e}"
 
     def text(self, figure: metrics.Figure | None) -> tuple[str, str]:
         """Mean and standard error, or two empty texts."""

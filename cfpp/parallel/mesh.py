@@ -71,10 +71,10 @@ def create(config: Mapping[str, int], devices: Sequence[jax.Device] | None = Non
     wanted, devices = [config[axis] for axis in AXES], devices or jax.devices()
     shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, wanted, strict=True))
     if wanted.count(-1) > 1 or any(size < 1 for size in wanted if size != -1):
-        raise UserError(f"config.mesh is {shown}; sizes are at least 1, and at most one of them -1")
+        raise UserError(f"the mesh is {shown}; sizes are at least 1, and at most one of them -1")
     given = math.prod(size for size in wanted if size != -1)
     if len(devices) % given or (-1 not in wanted and given != len(devices)):
-        raise UserError(f"config.mesh is {shown}; it does not multiply to {len(devices)} devices")
+        raise UserError(f"the mesh is {shown}; it does not multiply to {len(devices)} devices")
     shape = [len(devices) // given if size == -1 else size for size in wanted]
     # Of GPUs, each machine is a slice to JAX; a single slice of TPUs may have no number.
     tpus = [device for device in devices if device.platform == "tpu"]
@@ -123,7 +123,7 @@ def check(mesh: Mesh, model: ml_collections.ConfigDict, name: str = "config.mode
     for axis, (size, what) in divided(model).items():
         if size % mesh.shape[axis]:
             raise UserError(
-                f"config.mesh.{axis} is {mesh.shape[axis]}; it must divide the {size} {what} "
+                f"the mesh's {axis} is {mesh.shape[axis]}; it must divide the {size} {what} "
                 f"of {name}"
             )
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import jax
 import ml_collections
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from cfpp import media, paths
@@ -148,17 +149,24 @@ def text_of(
 ) -> generate.Condition:
     """The text given, else that of the held-out clip: float32 `[1, length, text_dim]` as `text`.
 
-    Nothing where the model takes none.
+    One given is filled up with zeros to the length that the model was trained with. Nothing where
+    the model takes none.
 
     Raises:
-      UserError: there is no text, it is of another size, or the model takes none.
+      UserError: there is no text, it is of another size or too long, or the model takes none.
     """
     if not text_dim:
         if options.text:
             raise UserError("--text: the model takes none")
         return {}
     if options.text:
-        return {"text": media.read_floats(options.text, None, text_dim)[None]}
+        text = media.read_floats(options.text, None, text_dim)
+        length = config.data.get("text_tokens", 0) or len(text)
+        if len(text) > length:
+            raise UserError(
+                f"--text={options.text}: {len(text)} tokens; the model was trained with {length}"
+            )
+        return {"text": np.pad(text, ((0, length - len(text)), (0, 0)))[None]}
     clip, why = held_out(options, config)
     if clip is None:
         raise UserError(
@@ -257,11 +265,18 @@ def as_asked(options: argparse.Namespace, network: Network) -> Network:
     given = lambda *names: {
         name: value for name in names if (value := getattr(options, name)) is not None
     }
+    trained = network.pattern.window
     try:
         network = network.attending(**given("window", "sink"))
     except ValueError as error:
         raise UserError(f"--window, --sink: {error}") from error
     checks.check_history(network.pattern)
+    if trained and network.pattern.window and network.pattern.window > trained:
+        logging.warning(
+            "--window is %d; the model was trained with %d and has never looked back further",
+            network.pattern.window,
+            trained,
+        )
     return network.clone(**given("cache_dtype", "attention"))
 
 

@@ -222,6 +222,15 @@ def check_pattern(config: ml_collections.ConfigDict) -> None:
             pattern.window,
             frames,
         )
+    given = config.get("given", 0)
+    if pattern.after(given) != pattern:
+        logging.warning(
+            "config.given is %d, and chunks of %d begin anew after it, as in no clip that the "
+            "parents have seen; give config.pattern.first_chunk=%d, to them too, or config.given=0",
+            given,
+            pattern.chunk,
+            given,
+        )
     if config.sample_every and pattern.after(1) != pattern:
         logging.warning(
             "samples and streams start from one frame, and chunks of %d begin anew after it, as in "
@@ -235,7 +244,7 @@ def is_untaught(
 ) -> bool:
     """Whether a model learns no unconditional prediction, nor has what it starts from.
 
-    Of a base that is not there any more it is not known, and taken to have.
+    Of a base that is not there any more it is not known, which is told, and taken to have.
     """
     if config.get("drop_rate") != 0.0:
         return False
@@ -243,6 +252,11 @@ def is_untaught(
     try:
         return not base or is_untaught(find(base), find)
     except UserError:
+        logging.warning(
+            "guidance needs a model that knows an unconditional prediction; this one was trained "
+            "with config.drop_rate=0, and whether its base, %s, was too is not known",
+            base,
+        )
         return False
 
 

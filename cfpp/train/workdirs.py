@@ -249,9 +249,12 @@ def _compare(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         raise UserError(f"{workdir} is the working directory of {whose}; choose another --workdir")
     old, new = (traverse_util.flatten_dict(fields, sep=".") for fields in (old, new))
     jobs = new.get("jobs", ())
-    for field in sorted(old.keys() | new.keys()):
+    # Another stage has other fields: that is told, and not the first of these.
+    for field in sorted(old.keys() | new.keys(), key=lambda field: (field != "stage", field)):
         if old.get(field) == new.get(field) or _may_change(field, jobs):
             continue
+        if "init_from." in field and _has_gone(old.get(field)):
+            continue  # it has moved, or the run needs it no more
         if field == "steps" and isinstance(old.get(field), int):
             if new[field] > old[field]:
                 continue
@@ -281,6 +284,12 @@ def _tell_of_more_steps(config: ml_collections.ConfigDict, workdir: epath.Path) 
 def _may_change(field: str, jobs: Sequence[str]) -> bool:
     first, _, rest = field.partition(".")
     return (rest if first in jobs else field) in OPERATIONAL or first == "evaluate"
+
+
+def _has_gone(path: Any) -> bool:
+    """Whether a stored absolute path leads nowhere any more."""
+    is_absolute = isinstance(path, str) and path and not path.startswith("..")
+    return bool(is_absolute) and not epath.Path(path).exists()
 
 
 def _show(fields: dict[str, Any], field: str) -> str:

@@ -233,9 +233,9 @@ def test_meshes_that_do_not_fit(sizes, message):
     [
         (
             (1, 1, 3, 1),
-            "config.mesh.context is 3; it must divide the 4 tokens of a frame of config",
+            "the mesh's context is 3; it must divide the 4 tokens of a frame of config",
         ),
-        ((1, 1, 1, 3), "config.mesh.tensor is 3; it must divide the 2 heads of config.model"),
+        ((1, 1, 1, 3), "the mesh's tensor is 3; it must divide the 2 heads of config.model"),
         ((1, 1, 1, 2), "tensor is 2; it must divide the 3 heads of the model of config.init_from"),
         ((3, 1, 1, 1), "config.batch_size is 8; it must be a multiple of the 3 devices"),
         ((2, 2, 2, 1), "a multiple of 4 parts .config.accumulate. for each of the 4 devices"),

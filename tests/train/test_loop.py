@@ -203,6 +203,24 @@ def test_a_workdir_of_another_config_is_refused(finished):
         jobs.run(without, finished)
 
 
+def test_another_stage_is_told_as_such(finished):
+    other = fake.config(stage="another").unlock()
+    del other.bad_loss_at
+    with pytest.raises(UserError, match='stage was "fake" and is now "another"'):
+        workdirs.check(other, finished)
+
+
+def test_parents_that_have_moved_may_be_named_anew(finished, tmp_path):
+    parent = shutil.copytree(finished, tmp_path / "parent")
+    config = lambda path, **more: fake.config(init_from={"teacher": str(path)}, **more)
+    jobs.run(config(parent), tmp_path / "run")
+    with pytest.raises(UserError, match=r"init_from\.teacher was "):
+        jobs.run(config(finished), tmp_path / "run")
+    parent.rename(tmp_path / "moved")
+    assert jobs.run(config(tmp_path / "moved", steps=13), tmp_path / "run")
+    assert workdirs.read_config(tmp_path / "run").init_from.teacher == str(tmp_path / "moved")
+
+
 def test_two_jobs_do_not_train_in_one_workdir(tmp_path):
     with workdirs.alone(tmp_path), pytest.raises(UserError, match="another job is training in /"):
         jobs.run(fake.config(steps=1), tmp_path)
@@ -402,8 +420,8 @@ def test_guidance_needs_a_model_that_was_trained_for_it(finished, tmp_path):
 
 
 @pytest.mark.parametrize("base", [0.1, 0.0, None])
-def test_a_teacher_may_know_no_condition_from_its_base(base):
-    """Where the base has gone since, it may have."""
+def test_a_teacher_may_know_no_condition_from_its_base(base, caplog):
+    """Where the base has gone since, it may have, which is told."""
     teacher = fake.config(drop_rate=0.0, init_from={"base": "base"})
 
     def find(path):
@@ -420,6 +438,7 @@ def test_a_teacher_may_know_no_condition_from_its_base(base):
         told = pytest.raises(UserError, match=r"was trained with config\.drop_rate=0 and knows no")
     with told:
         checks.check_parents(child, guided, find)
+    assert ("whether its base, base, was too is not known" in caplog.text) == (base is None)
 
 
 def test_a_field_that_a_parent_leaves_out_has_the_default():
@@ -484,6 +503,8 @@ def test_a_parent_of_another_pattern_is_told(finished, tmp_path, caplog):
         ({"pattern": {"chunk": 3}}, None),
         ({"pattern": {"chunk": 3}, "sample_every": 5}, "give config.pattern.first_chunk=1"),
         ({"pattern": {"chunk": 3, "first_chunk": 1}, "sample_every": 5}, None),
+        ({"pattern": {"chunk": 3}, "given": 1}, "config.given is 1, and chunks of 3 begin anew"),
+        ({"pattern": {"chunk": 3, "first_chunk": 1}, "given": 1}, None),
     ],
 )
 def test_streams_that_are_not_as_training_are_told(changes, told, caplog):
