@@ -332,9 +332,9 @@ MUTATIONS = (
         "return network.bidirectional(params, condition)", (f"{WIRING}matching",),
     ),
     Mutation(
-        "score_unshifted", "the level of bidirectional scores is not shifted",
-        "cfpp/stages/dmd.py", "jnp.broadcast_to(flow.shift(u, config.score_shift), x0",
-        "jnp.broadcast_to(u, x0", (f"{WIRING}matching",),
+        "score_unshifted", "the level of scores is not shifted",
+        "cfpp/stages/dmd.py", "(len(x0), 1, frames), config.score_shift)",
+        "(len(x0), 1, frames), 1.0)", (f"{WIRING}matching",),
     ),
     Mutation(
         "matching_scale_held", "frames that are held clean count in the gradient's scale",
@@ -364,7 +364,7 @@ MUTATIONS = (
     Mutation(
         "first_chunk_dropped", "a rollout from noise begins with a chunk like the others",
         "cfpp/rollout/generate.py",
-        "first = None if given or pattern.first_chunk == chunk else pattern.first_chunk",
+        "first = None if given else pattern.first_chunk",
         "first = None", FUSED,
     ),
     Mutation(

@@ -26,7 +26,7 @@ class Pattern:
     Attributes:
       chunk: frames in a chunk; None makes the whole clip one chunk (bidirectional).
       first_chunk: frames in the first chunk where that differs, e.g. the given frames of
-        image-to-video; None where it does not (`chunk` is taken for that too).
+        image-to-video; None where it does not, and what `chunk` becomes.
       window: the most frames that a query may attend to, its own chunk and the sink included;
         None is all.
       sink: the first frames of the clip, which stay visible when the window has moved on.
