@@ -254,7 +254,7 @@ def test_a_finished_job_evaluates_anew_with_other_settings(job, tmp_path):
         ("first", "steps", 0, r"^first: config\.steps is 0"),
         ("second", "batch_size", -1, r"^second: config\.batch_size is -1"),
         ("second", "stage", "nonsense", r"^second: config\.stage must be"),
-        ("second", "mesh", {"data": 3}, r"^second: config\.mesh is data=3"),
+        ("second", "mesh", {"data": 3}, r"^second: the mesh is data=3"),
         ("second", "init_from", {"teacher": "../frist"}, r"^second: config\.init_from\.teacher: "),
         ("second", "model", {"dim": 16}, r"^second: config\.init_from\.teacher=.*has model\.dim=8"),
         ("evaluate", "frames", 0, r"^evaluate\.frames is 0"),
