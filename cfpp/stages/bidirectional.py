@@ -11,17 +11,7 @@ import jax.numpy as jnp
 
 from cfpp import flow
 from cfpp.models.network import Network
-from cfpp.stages.stage import (
-    Parent,
-    Stage,
-    advance,
-    descend,
-    draw_sigma,
-    inherit,
-    optimizer,
-    start,
-    unpack,
-)
+from cfpp.stages.stage import Parent, Stage, advance, descend, inherit, optimizer, start, unpack
 
 
 def build(config) -> Stage:
@@ -50,7 +40,7 @@ def build(config) -> Stage:
         x0, condition = unpack(batch)
         noise_rng, sigma_rng, given_rng, drop_rng = jax.random.split(rng, 4)
         noise = jax.random.normal(noise_rng, x0.shape)
-        sigma = draw_sigma(sigma_rng, network.pattern, (len(x0), 1, x0.shape[1]), config.shift)
+        sigma = flow.shift(jax.random.uniform(sigma_rng, (len(x0), 1)), config.shift)
         given = jax.random.bernoulli(given_rng, config.given_rate, (len(x0), 1))
         held = given & (jnp.arange(x0.shape[1]) == 0)  # [B, F]
         sigma = jnp.where(held, 0.0, sigma)
