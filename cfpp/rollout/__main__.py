@@ -271,7 +271,7 @@ def as_asked(options: argparse.Namespace, network: Network) -> Network:
     except ValueError as error:
         raise UserError(f"--window, --sink: {error}") from error
     checks.check_history(network.pattern)
-    if trained and network.pattern.window and network.pattern.window > trained:
+    if trained and network.pattern.window > trained:
         logging.warning(
             "--window is %d; the model was trained with %d and has never looked back further",
             network.pattern.window,

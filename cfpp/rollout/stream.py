@@ -65,7 +65,7 @@ class Player:
             given = self._actions(condition.get("actions"), context.shape[:2])
             condition = condition | {"actions": given}
         if self._rollout.network.dit.text_dim:
-            self._check_texts(condition.get("text"), null, context.shape[0])
+            self._check_text(condition.get("text"), context.shape[0])
         with self._ambient():
             started = _start(self._rollout, params, jnp.asarray(context), condition, null)
         self._stream = self._placed(started)
@@ -109,7 +109,7 @@ class Player:
           ValueError: it is of another shape, or another length than `null`'s; or the model has no
             text.
         """
-        self._check_texts(text, self._null, self._stream.pending.shape[0])
+        self._check_text(text, self._stream.pending.shape[0])
         condition = {"text": jnp.asarray(text)}
         with self._ambient():
             told = _encode_text(self._rollout, self._params, condition, self._null)
@@ -150,21 +150,19 @@ class Player:
         network = self._rollout.network.attending(first_chunk=state["first_chunk"])
         self._rollout = self._rollout.replace(network=network)
 
-    def _check_texts(self, text: jax.Array | None, null: Condition | None, batch: int) -> None:
-        """Raises ValueError if a text is missing or not one that the model takes, or `null`'s."""
+    def _check_text(self, text: jax.Array | None, batch: int) -> None:
+        """Raises ValueError if a text is missing, or not one that the model or `null` goes with."""
         text_dim = self._rollout.network.dit.text_dim
         if not text_dim:
             raise ValueError("the model takes no text")
-        for each in (text, *(null or {}).values()):
-            shape = list(np.shape(each))
+        texts = [text, *(self._null or {}).values()]
+        shapes = [list(np.shape(each)) for each in texts]
+        for each, shape in zip(texts, shapes, strict=True):
             if len(shape) != 3 or shape[::2] != [batch, text_dim] or not shape[1]:
                 found = "missing" if each is None else shape
                 raise ValueError(f"a text is {found}, not [{batch}, length, {text_dim}]")
-        if null and np.shape(text) != np.shape(null["text"]):
-            raise ValueError(
-                f"a text is {list(np.shape(text))}, but null's {list(np.shape(null['text']))}: one "
-                "length for both"
-            )
+        if shapes[0] != shapes[-1]:
+            raise ValueError(f"a text is {shapes[0]}, but null's {shapes[-1]}: one length for both")
 
     def _actions(self, actions: np.ndarray | None, shape: tuple[int, int]) -> jax.Array:
         """Checked actions: an unknown one would make NaN, and a missing one would count for all."""

@@ -118,7 +118,7 @@ def build(config) -> Stage:
       ValueError: a field is none of its choices, or out of range.
     """
     check_choice("solver", config.solver, flow.SOLVERS)
-    check_choice("distance", config.distance, tuple(DISTANCES))
+    check_choice("distance", config.distance, DISTANCES)
     check_choice("frozen_dtype", config.frozen_dtype, FLOATS)
     network = causal_network(config)
     transform = optimizer(config.optimizer, config.steps)

@@ -288,8 +288,9 @@ def _may_change(field: str, jobs: Sequence[str]) -> bool:
 
 def _has_gone(path: Any) -> bool:
     """Whether a stored absolute path leads nowhere any more."""
-    is_absolute = isinstance(path, str) and path and not path.startswith("..")
-    return bool(is_absolute) and not epath.Path(path).exists()
+    if not path or not isinstance(path, str) or path.startswith(".."):
+        return False
+    return not epath.Path(path).exists()
 
 
 def _show(fields: dict[str, Any], field: str) -> str:
