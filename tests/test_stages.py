@@ -131,6 +131,7 @@ def test_contract(variant):
         ("ode", {"positions": (1000.0, 333.0)}, "do not all lie on the grid of 16 steps"),
         ("dmd", {"real_score": "none"}, "^config.real_score must be one of bidirectional, causal"),
         ("dmd", {"history_gradient": "all"}, "^config.history_gradient must be one of none"),
+        ("dmd", {"critic_steps": 0}, "critic_steps is 0; it must be at least 1"),
         ("dmd", {"given": 4}, "config.given is 4; it must be at least 0 and less than 4"),
         ("dmd", {"score_sigma": (0.9, 0.1)}, "score_sigma must be a range within 0 and 1"),
         ("dmd", {"score_sigma": (0.1, 0.5, 0.9)}, "score_sigma must be a range within 0 and 1"),

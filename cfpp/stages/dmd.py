@@ -162,6 +162,8 @@ def build(config) -> Stage:
     low, high = config.score_sigma
     if not low:
         raise ValueError("config.score_sigma starts at 0, where nothing is noised; start above it")
+    if config.critic_steps < 1:
+        raise ValueError(f"config.critic_steps is {config.critic_steps}; it must be at least 1")
     if not 0 <= given < frames:
         raise ValueError(f"config.given is {given}; it must be at least 0 and less than {frames}")
     # Its chunks begin after the given frames in scores and rollouts alike. What is replayed is what

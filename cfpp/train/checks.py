@@ -35,7 +35,6 @@ RANGES = {
     "steps": (1, MOST),
     "batch_size": (1, MOST),
     "accumulate": (1, MOST),
-    "critic_steps": (1, MOST),
     "seed": (0, 2**32 - 1),
     "log_every": (1, MOST),
     "save_every": (1, MOST),
